@@ -1,0 +1,50 @@
+# Flags and helper functions of all our targets.
+
+add_library(nosara_flags INTERFACE)
+target_include_directories(nosara_flags INTERFACE ${CMAKE_SOURCE_DIR})
+target_compile_options(nosara_flags INTERFACE
+  -Wall -Wextra -Werror -Wno-unused-parameter -Wno-missing-field-initializers
+  -fno-math-errno -fno-trapping-math -march=${NOSARA_CPU})
+if(NOSARA_SANITIZE)
+  add_compile_options(-fsanitize=${NOSARA_SANITIZE} -fno-omit-frame-pointer)
+  add_link_options(-fsanitize=${NOSARA_SANITIZE})
+  # GCC's uninitialised-use analysis reports false positives in instrumented code.
+  target_compile_options(nosara_flags INTERFACE -Wno-maybe-uninitialized -Wno-tsan)
+endif()
+
+# nosara_library(<name> SRCS a.cc ... DEPS lib ...): one static library, one concept.
+function(nosara_library name)
+  cmake_parse_arguments(ARG "" "" "SRCS;DEPS" ${ARGN})
+  if(ARG_SRCS)
+    add_library(${name} STATIC ${ARG_SRCS})
+    target_link_libraries(${name} PUBLIC nosara_flags ${ARG_DEPS})
+  else()
+    add_library(${name} INTERFACE)
+    target_link_libraries(${name} INTERFACE nosara_flags ${ARG_DEPS})
+  endif()
+endfunction()
+
+# nosara_binary(<name> SRCS main.cc ... DEPS lib ...): a program in build/<preset>/bin.
+function(nosara_binary name)
+  cmake_parse_arguments(ARG "" "" "SRCS;DEPS" ${ARGN})
+  add_executable(${name} ${ARG_SRCS})
+  target_link_libraries(${name} PRIVATE nosara_flags ${ARG_DEPS})
+endfunction()
+
+# nosara_test(<name> LABEL unit|integration|gpu|chaos|soak [TIMEOUT s] SRCS ... DEPS ...): a
+# GoogleTest program, run by CTest from the source root, so that tests name files by their path.
+function(nosara_test name)
+  cmake_parse_arguments(ARG "" "LABEL;TIMEOUT" "SRCS;DEPS" ${ARGN})
+  if(NOT ARG_LABEL)
+    message(FATAL_ERROR "nosara_test(${name}): LABEL is missing")
+  endif()
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 120)
+  endif()
+  add_executable(${name} ${ARG_SRCS})
+  set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/tests)
+  target_link_libraries(${name} PRIVATE nosara_flags ${ARG_DEPS} GTest::gmock GTest::gtest
+                                        GTest::gtest_main)
+  add_test(NAME ${name} COMMAND ${name} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+  set_tests_properties(${name} PROPERTIES LABELS ${ARG_LABEL} TIMEOUT ${ARG_TIMEOUT})
+endfunction()

@@ -1,0 +1,147 @@
+// What a worker asks of the KV stores. The seam between engine and storage.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/functional/any_invocable.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "kvstore/api/layout.h"
+#include "kvstore/api/page_key.h"
+
+namespace nosara::kvstore {
+
+/// Which store node, as numbered by the client; stable during the client's life.
+struct StoreId {
+  uint32_t value = 0;
+  friend bool operator==(StoreId a, StoreId b) { return a.value == b.value; }
+};
+
+/// A lease: the right to read a set of pages on one store until it expires. Renewed as a whole.
+struct LeaseId {
+  uint64_t value = 0;  // 0: none
+  friend bool operator==(LeaseId a, LeaseId b) { return a.value == b.value; }
+};
+
+/// Where a page lies; valid while its lease is.
+struct PageRef {
+  PageKey key;
+  StoreId store;
+  uint64_t slot = 0;
+  uint64_t generation = 0;
+};
+
+/// How bytes came from a store.
+enum class Path { kMapped, kInProcess, kUcx };
+const char* PathName(Path path);
+
+/// One record to fetch: `landing` receives layout.record_bytes() bytes. It belongs to the client
+/// from the call until the completion runs, whatever happens in between (cancel, timeout, death of
+/// the peer): the client never completes a read whose landing slot could still be written.
+struct RecordRead {
+  PageRef page;
+  int record = 0;
+  /// From the page's verified prefix (RecordChecksum); checked against what was read.
+  uint64_t checksum = 0;
+  absl::Span<std::byte> landing;
+};
+
+/// One page prefix (header, checksums, index part) to fetch; same landing rule.
+/// `landing.size() == layout.prefix_bytes()`.
+struct PrefixRead {
+  PageRef page;
+  absl::Span<std::byte> landing;
+};
+
+/// One full page to store. `bytes` holds index part and records, in layout; its header need not be
+/// filled. It is the client's from the call until the completion runs, and is sealed in place.
+struct PageWrite {
+  PageKey key;
+  uint32_t tokens = kBlockTokens;
+  absl::Span<std::byte> bytes;
+};
+
+struct LookupResult {
+  /// The longest known prefix of the keys asked for; element i is the page of key i.
+  std::vector<PageRef> pages;
+  /// One lease per store that holds some of them; they keep the pages until released or expired.
+  std::vector<LeaseId> leases;
+};
+
+struct WriteResult {
+  /// Element i is the page of write i (already there or newly committed), under `leases`.
+  std::vector<PageRef> pages;
+  std::vector<LeaseId> leases;
+};
+
+/// Counters since creation.
+struct ClientStats {
+  uint64_t records_read = 0;
+  uint64_t record_bytes_read = 0;
+  uint64_t prefixes_read = 0;
+  uint64_t prefix_bytes_read = 0;
+  uint64_t pages_written = 0;
+  uint64_t pages_already_stored = 0;
+  uint64_t page_bytes_written = 0;
+  uint64_t verification_failures = 0;
+  uint64_t leases_lost = 0;
+  uint64_t records_by_mapped = 0;
+  uint64_t records_by_in_process = 0;
+  uint64_t records_by_ucx = 0;
+};
+
+/// Client of all KV stores that one worker uses, for pages of one layout.
+///
+/// Thread-safe. Every operation is asynchronous: the call posts work and returns; `done` runs
+/// exactly once, on a thread of the client, never inside the call, and must not block (it posts
+/// into a queue of the caller or signals a notification). After Close(), operations complete with
+/// CANCELLED; Close() returns once no completion is outstanding.
+///
+/// Errors, all operations: UNAVAILABLE (store cannot be reached or does not answer in time; safe to
+/// retry), ABORTED (lease lost or slot reused: look the page up again), NOT_FOUND (page unknown:
+/// recompute), DATA_LOSS (verification failed: drop the page, recompute), RESOURCE_EXHAUSTED (store
+/// full; try later), INVALID_ARGUMENT (our bug or another layout), CANCELLED (closed).
+class StoreClient {
+ public:
+  template <typename T>
+  using Done = absl::AnyInvocable<void(absl::StatusOr<T>) &&>;
+  using DoneStatus = absl::AnyInvocable<void(absl::Status) &&>;
+
+  virtual ~StoreClient() = default;
+
+  virtual const PageLayout& layout() const = 0;
+
+  /// Finds the longest known prefix of `keys` and leases it. Idempotent (another lease each time).
+  virtual void Lookup(std::vector<PageKey> keys, Done<LookupResult> done) = 0;
+
+  /// Stores pages: reserve, one-sided write, commit. All or nothing per call as far as the caller
+  /// sees: on an error none of the pages is to be relied on (those already committed are evicted in
+  /// time). Idempotent: pages that exist are leased, not written again.
+  virtual void Write(std::vector<PageWrite> pages, Done<WriteResult> done) = 0;
+
+  /// Reads and verifies page prefixes.
+  virtual void ReadPrefixes(std::vector<PrefixRead> reads, DoneStatus done) = 0;
+
+  /// Reads and verifies records. On an error the contents of all landing slots are undefined.
+  virtual void ReadRecords(std::vector<RecordRead> reads, DoneStatus done) = 0;
+
+  /// Ends leases: the pages become evictable. Unknown leases are ignored. Fire and forget; leases
+  /// that cannot be released expire.
+  virtual void Release(std::vector<LeaseId> leases) = 0;
+
+  /// OK while `lease` is held by the client's own reckoning, which ends before the server's;
+  /// ABORTED after. Leases are renewed by the client in the background until released.
+  virtual absl::Status CheckLease(LeaseId lease) const = 0;
+
+  virtual ClientStats stats() const = 0;
+
+  /// Idempotent.
+  virtual void Close() = 0;
+};
+
+}  // namespace nosara::kvstore
