@@ -58,6 +58,14 @@ struct PrefixRead {
   absl::Span<std::byte> landing;
 };
 
+/// Pages of one chain to store, the first block of the chain being block 0.
+struct ChainPosition {
+  /// Key of block 0 of the chain: decides the store, so that a chain stays together.
+  PageKey head;
+  /// Key of the block before the first one written; the namespace key for block 0.
+  PageKey parent;
+};
+
 /// One full page to store. `bytes` holds index part and records, in layout; its header need not be
 /// filled. It is the client's from the call until the completion runs, and is sealed in place.
 struct PageWrite {
@@ -76,6 +84,9 @@ struct LookupResult {
 struct WriteResult {
   /// Element i is the page of write i (already there or newly committed), under `leases`.
   std::vector<PageRef> pages;
+  /// Element i is 1 when page i was stored already (by somebody else): its bytes, and so its
+  /// checksums, need not be those that were offered; read its prefix before its records. Else 0.
+  std::vector<uint8_t> already_stored;
   std::vector<LeaseId> leases;
 };
 
@@ -122,7 +133,8 @@ class StoreClient {
   /// Stores pages: reserve, one-sided write, commit. All or nothing per call as far as the caller
   /// sees: on an error none of the pages is to be relied on (those already committed are evicted in
   /// time). Idempotent: pages that exist are leased, not written again.
-  virtual void Write(std::vector<PageWrite> pages, Done<WriteResult> done) = 0;
+  virtual void Write(ChainPosition position, std::vector<PageWrite> pages,
+                     Done<WriteResult> done) = 0;
 
   /// Reads and verifies page prefixes.
   virtual void ReadPrefixes(std::vector<PrefixRead> reads, DoneStatus done) = 0;
