@@ -1,6 +1,8 @@
 // Text to token ids and back, as the checkpoint's tokenizer defines it.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -107,10 +109,10 @@ class Tokenizer final {
 
   absl::Status LoadPieces(const std::string& path);
   absl::Status LoadConfig(const std::string& path);
-  absl::Status AddToken(AddedToken token, absl::string_view where);
+  absl::Status AddToken(AddedToken token);
   void FinishLoading();
   Match FindAddedToken(absl::string_view text, size_t from, SpecialTokens mode) const;
-  absl::Status EncodePlain(absl::string_view text, TextPosition position, SpecialTokens mode,
+  absl::Status EncodePlain(absl::string_view text, TextPosition position,
                            std::vector<int32_t>* ids) const;
   void AppendAsCharacters(absl::string_view text, std::vector<int32_t>* ids) const;
 
@@ -118,8 +120,8 @@ class Tokenizer final {
   std::unique_ptr<SentencePieceModel> model_;
   std::vector<Token> tokens_;  // by id
   absl::flat_hash_map<std::string, int32_t> id_by_text_;
-  std::vector<AddedToken> added_tokens_;                                // longest first
-  absl::flat_hash_map<char, std::vector<size_t>> added_by_first_byte_;  // into added_tokens_
+  std::vector<AddedToken> added_tokens_;                      // longest first
+  std::array<std::vector<size_t>, 256> added_by_first_byte_;  // into added_tokens_, longest first
   int32_t bos_id_ = -1;
   int32_t eos_id_ = -1;
   bool adds_bos_ = false;
