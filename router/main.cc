@@ -1,0 +1,114 @@
+// nosara-router: the front door of a cluster.
+#include <pthread.h>
+
+#include <csignal>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <iostream>
+#include <string>
+#include <vector>
+
+#include "absl/flags/flag.h"
+#include "absl/flags/parse.h"
+#include "absl/flags/usage.h"
+#include "absl/flags/usage_config.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/time/time.h"
+#include "base/log.h"
+#include "base/status_macros.h"
+#include "router/router_server.h"
+
+ABSL_FLAG(std::string, listen, "127.0.0.1:50050", "host:port to listen on; port 0: any free one");
+ABSL_FLAG(std::vector<std::string>, workers, {}, "workers, host:port, separated by commas");
+ABSL_FLAG(std::vector<std::string>, model, {},
+          "models that are served, name=directory with tokenizer.model, separated by commas");
+ABSL_FLAG(std::string, policy, "least_loaded",
+          "how a worker is picked: least_loaded or round_robin");
+ABSL_FLAG(std::string, log_level, "info", "debug, info, warning or error");
+ABSL_FLAG(std::string, port_file, "",
+          "file that host:port is written to once the router listens; empty: none");
+ABSL_FLAG(absl::Duration, drain_timeout, absl::Seconds(30),
+          "how long running streams may go on after SIGTERM or SIGINT");
+ABSL_FLAG(absl::Duration, poll_interval, absl::Milliseconds(500),
+          "how often workers are asked for their load; 10ms or more");
+ABSL_FLAG(int32_t, max_open_requests, 4096,
+          "generations at a time, 1 or more; further ones are told to retry later");
+ABSL_FLAG(int32_t, text_threads, 2, "threads that tokenize prompts, 1 or more");
+
+namespace nosara::router {
+namespace {
+
+absl::Status WritePortFile(const std::string& path, const std::string& address) {
+  // Under another name first, so that a reader never finds half of it.
+  const std::string temporary = path + ".tmp";
+  std::ofstream file(temporary);
+  file << address << "\n";
+  file.close();
+  if (!file || std::rename(temporary.c_str(), path.c_str()) != 0) {
+    return absl::UnavailableError(absl::StrCat("port_file: cannot write '", path, "'"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Run() {
+  RETURN_IF_ERROR(InitLogging("nosara-router", absl::GetFlag(FLAGS_log_level)));
+  // Blocked in all threads to come; the main thread waits for them.
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+
+  RouterServerOptions options;
+  options.listen = absl::GetFlag(FLAGS_listen);
+  options.worker_addresses = absl::GetFlag(FLAGS_workers);
+  options.models = absl::GetFlag(FLAGS_model);
+  options.policy = absl::GetFlag(FLAGS_policy);
+  options.poll_interval = absl::GetFlag(FLAGS_poll_interval);
+  options.max_open_requests = absl::GetFlag(FLAGS_max_open_requests);
+  options.text_threads = absl::GetFlag(FLAGS_text_threads);
+  ASSIGN_OR_RETURN(const auto server, RouterServer::Create(options));
+  LogInfo("listening on {}, models {}, workers {}", server->address(),
+          absl::StrJoin(options.models, ","), absl::StrJoin(options.worker_addresses, ","));
+  if (const std::string path = absl::GetFlag(FLAGS_port_file); !path.empty()) {
+    RETURN_IF_ERROR(WritePortFile(path, server->address()));
+  }
+
+  int signal = 0;
+  sigwait(&signals, &signal);
+  const absl::Duration drain_timeout = absl::GetFlag(FLAGS_drain_timeout);
+  LogInfo("{}: draining for at most {}; once more to stop at once", strsignal(signal),
+          absl::FormatDuration(drain_timeout));
+  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
+  server->Shutdown(drain_timeout);
+  LogInfo("stopped");
+  return absl::OkStatus();
+}
+
+}  // namespace
+}  // namespace nosara::router
+
+int main(int argc, char** argv) {
+  absl::SetProgramUsageMessage(
+      "The router: takes requests by gRPC, tokenizes, picks a worker, streams text.\n"
+      "  nosara-router --workers=127.0.0.1:50061 --model=nosa-tiny=models/nosa-tiny\n"
+      "Exit codes: 0 stopped by a signal, 1 could not start.");
+  absl::FlagsUsageConfig usage;
+  usage.version_string = [] { return "nosara-router " NOSARA_VERSION "\n"; };
+  usage.contains_help_flags = [](absl::string_view file) {
+    return absl::StrContains(file, "router/main.cc");
+  };
+  absl::SetFlagsUsageConfig(usage);
+  const std::vector<char*> rest = absl::ParseCommandLine(argc, argv);
+  absl::Status status =
+      rest.size() > 1 ? absl::InvalidArgumentError(absl::StrCat("unknown argument '", rest[1],
+                                                                "'; flags begin with --"))
+                      : nosara::router::Run();
+  if (status.ok()) return 0;
+  std::cerr << "nosara-router: " << status.message() << "\n";
+  return 1;
+}
