@@ -1,0 +1,142 @@
+#include "worker/backend/sampler.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+
+#include "absl/container/flat_hash_map.h"
+#include "base/check.h"
+
+namespace nosara::worker {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+std::array<uint32_t, 4> Philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t{0xD2511F53u} * counter[0];
+    const uint64_t product1 = uint64_t{0xCD9E8D57u} * counter[2];
+    counter = {static_cast<uint32_t>(product1 >> 32) ^ counter[1] ^ key[0],
+               static_cast<uint32_t>(product1),
+               static_cast<uint32_t>(product0 >> 32) ^ counter[3] ^ key[1],
+               static_cast<uint32_t>(product0)};
+    key[0] += 0x9E3779B9u;
+    key[1] += 0xBB67AE85u;
+  }
+  return counter;
+}
+
+void ApplyPenalties(absl::Span<float> logits, const SamplingParams& params,
+                    absl::Span<const int32_t> history, size_t prompt_tokens) {
+  absl::flat_hash_map<int32_t, int> output_counts;  // tokens of the prompt alone count 0
+  for (size_t i = 0; i < history.size(); ++i) {
+    output_counts[history[i]] += i >= prompt_tokens ? 1 : 0;
+  }
+  for (const auto& [id, count] : output_counts) {
+    float& logit = logits[id];
+    logit = logit > 0 ? logit / params.repetition_penalty : logit * params.repetition_penalty;
+    if (count > 0) logit -= params.presence_penalty + params.frequency_penalty * count;
+  }
+}
+
+int32_t ArgMax(absl::Span<const float> logits) {
+  int32_t best = 0;
+  for (int32_t i = 1; i < static_cast<int32_t>(logits.size()); ++i) {
+    if (logits[i] > logits[best]) best = i;
+  }
+  return best;
+}
+
+/// Log of the sum of exponentials, in double.
+double LogSumExp(absl::Span<const float> logits) {
+  const float largest = *std::max_element(logits.begin(), logits.end());
+  double sum = 0;
+  for (float logit : logits) sum += std::exp(static_cast<double>(logit) - largest);
+  return largest + std::log(sum);
+}
+
+struct Candidate {
+  int32_t id;
+  float logit;
+};
+
+bool Better(const Candidate& a, const Candidate& b) {
+  return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+}
+
+std::vector<Candidate> Best(absl::Span<const float> logits, size_t count) {
+  std::vector<Candidate> all;
+  all.reserve(logits.size());
+  for (int32_t i = 0; i < static_cast<int32_t>(logits.size()); ++i) all.push_back({i, logits[i]});
+  count = std::min(count, all.size());
+  std::partial_sort(all.begin(), all.begin() + count, all.end(), Better);
+  all.resize(count);
+  return all;
+}
+
+int32_t Draw(absl::Span<const float> logits, const SamplingParams& params, uint64_t position) {
+  const size_t top_k = params.top_k > 0 ? params.top_k : logits.size();
+  const std::vector<Candidate> candidates = Best(logits, top_k);
+  // Weights relative to the best, at the temperature, in double: the order of summation is fixed.
+  std::vector<double> weights(candidates.size());
+  double total = 0;
+  for (size_t i = 0; i < candidates.size(); ++i) {
+    const double gap = static_cast<double>(candidates[i].logit) - candidates[0].logit;
+    weights[i] = std::exp(gap / params.temperature);
+    total += weights[i];
+  }
+  size_t kept = candidates.size();
+  if (params.top_p < 1) {
+    double sum = 0;
+    kept = 0;
+    while (kept < weights.size() && (kept == 0 || sum < params.top_p * total)) sum += weights[kept++];
+  }
+  // weights[0] is 1, so min_p compares against it directly.
+  while (kept > 1 && weights[kept - 1] < params.min_p) --kept;
+  double sum = 0;
+  for (size_t i = 0; i < kept; ++i) sum += weights[i];
+  const double target = UniformAt(params.seed, position) * sum;
+  double cumulative = 0;
+  for (size_t i = 0; i < kept; ++i) {
+    cumulative += weights[i];
+    if (target < cumulative) return candidates[i].id;
+  }
+  return candidates[kept - 1].id;
+}
+
+}  // namespace
+
+double UniformAt(uint64_t seed, uint64_t position) {
+  const std::array<uint32_t, 4> random =
+      Philox({static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), 0, 0},
+             {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
+  const uint64_t bits = (static_cast<uint64_t>(random[0]) << 32) | random[1];
+  return static_cast<double>(bits >> 11) * 0x1p-53;
+}
+
+SampledToken Sample(absl::Span<float> logits, const SamplingParams& params,
+                    absl::Span<const int32_t> history, size_t prompt_tokens, uint64_t position) {
+  CHECK(!logits.empty());
+  for (float& logit : logits) {
+    if (std::isnan(logit)) logit = -kInfinity;
+  }
+  SampledToken token;
+  double log_sum = 0;
+  std::vector<float> model_logits;  // before the penalties, where log-probabilities are asked for
+  if (params.top_logprobs >= 0) {
+    model_logits.assign(logits.begin(), logits.end());
+    log_sum = LogSumExp(logits);
+    for (const Candidate& best : Best(logits, params.top_logprobs)) {
+      token.top.emplace_back(best.id, static_cast<float>(best.logit - log_sum));
+    }
+  }
+  if (params.NeedsHistory()) ApplyPenalties(logits, params, history, prompt_tokens);
+  token.id = params.temperature == 0 ? ArgMax(logits) : Draw(logits, params, position);
+  if (params.top_logprobs >= 0) {
+    token.logprob = static_cast<float>(model_logits[token.id] - log_sum);
+  }
+  return token;
+}
+
+}  // namespace nosara::worker
