@@ -283,9 +283,6 @@ absl::StatusOr<std::vector<int32_t>> Tokenizer::Encode(absl::string_view text,
         absl::StrFormat("text is not valid UTF-8: byte 0x%02x at offset %d",
                         static_cast<uint8_t>(text[*bad]), *bad));
   }
-  if (const size_t nul = text.find('\0'); nul != absl::string_view::npos) {
-    return absl::InvalidArgumentError(absl::StrCat("text has a NUL at offset ", nul));
-  }
   std::vector<int32_t> ids;
   if (options.add_bos) {
     if (bos_id_ < 0) return absl::InvalidArgumentError("the tokenizer has no BOS token");

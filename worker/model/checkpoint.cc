@@ -215,7 +215,7 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& 
     }
   }
   if (unused > 0) {
-    LogWarning("{}: {} tensors are not used by this model, e.g. {}", dir, unused, example);
+    LogWarning("{}: {} tensor(s) not used by this model, e.g. {}", dir, unused, example);
   }
   return checkpoint;
 }
@@ -243,7 +243,8 @@ absl::Status Checkpoint::LoadTensors(const Files& files) {
     ASSIGN_OR_RETURN(lm_head_, files.Get("lm_head.weight", {config_.vocab_size, hidden}, main));
   }
 
-  has_eviction_head_ = files.Contains("model.layers.0.self_attn.A");
+  has_eviction_head_ = files.Contains("model.layers.0.self_attn.A") ||
+                       files.Contains("model.layers.0.self_attn.delta.weight");
   layers_.resize(config_.num_layers);
   for (int i = 0; i < config_.num_layers; ++i) {
     LayerTensors& layer = layers_[i];
@@ -280,8 +281,8 @@ absl::Status Checkpoint::LoadTensors(const Files& files) {
     const bool bias = config_.attention_bias;
     const bool head = has_eviction_head_;
     const absl::string_view head_reason =
-        head ? "layer 0 has self_attn.A: all layers need the eviction head"
-             : "layer 0 has no self_attn.A: no layer may have the eviction head";
+        head ? "layer 0 has an eviction head: all layers need self_attn.A and self_attn.delta"
+             : "layer 0 has no eviction head: no layer may have one";
     const absl::string_view bias_reason =
         bias ? "config.json has attention_bias true" : "config.json has attention_bias false";
     const Conditional conditional[] = {
