@@ -150,6 +150,9 @@ class StoreClient {
   /// ABORTED after. Leases are renewed by the client in the background until released.
   virtual absl::Status CheckLease(LeaseId lease) const = 0;
 
+  /// How records of `store` are read at present.
+  virtual Path PathTo(StoreId store) const = 0;
+
   virtual ClientStats stats() const = 0;
 
   /// Idempotent.
