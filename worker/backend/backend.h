@@ -55,12 +55,27 @@ struct CacheCounters {
   uint64_t records_resident = 0;
   uint64_t records_fetched = 0;
   uint64_t bytes_fetched = 0;
+  // Of records_fetched, by the way they came.
+  uint64_t records_by_mapped = 0;
+  uint64_t records_by_in_process = 0;
+  uint64_t records_by_ucx = 0;
+
+  void CountFetched(kvstore::Path path, uint64_t records, uint64_t record_bytes) {
+    records_fetched += records;
+    bytes_fetched += records * record_bytes;
+    records_by_mapped += path == kvstore::Path::kMapped ? records : 0;
+    records_by_in_process += path == kvstore::Path::kInProcess ? records : 0;
+    records_by_ucx += path == kvstore::Path::kUcx ? records : 0;
+  }
 
   CacheCounters& operator+=(const CacheCounters& other) {
     records_selected += other.records_selected;
     records_resident += other.records_resident;
     records_fetched += other.records_fetched;
     bytes_fetched += other.bytes_fetched;
+    records_by_mapped += other.records_by_mapped;
+    records_by_in_process += other.records_by_in_process;
+    records_by_ucx += other.records_by_ucx;
     return *this;
   }
 };
@@ -95,7 +110,7 @@ class Backend {
 
   virtual const ModelConfig& config() const = 0;
   virtual const kvstore::PageLayout& layout() const = 0;
-  /// Part of the page keys.
+  /// Of the checkpoint and of the attention policy; part of the page keys.
   virtual const std::string& model_fingerprint() const = 0;
 
   /// Makes room for a sequence of up to `max_tokens` tokens. RESOURCE_EXHAUSTED when the memory is

@@ -84,6 +84,9 @@ CpuBackend::CpuBackend(std::shared_ptr<const Checkpoint> checkpoint, kvstore::St
       store_(store),
       options_(std::move(options)),
       layout_(layout),
+      fingerprint_(absl::StrCat(checkpoint_->fingerprint(), "/policy=",
+                                static_cast<int>(options_.policy), "/bias=",
+                                static_cast<int>(options_.bias))),
       final_norm_(Widened(checkpoint_->final_norm())),
       parallel_(options_.threads),
       matmul_(&parallel_),
@@ -574,11 +577,13 @@ void CpuBackend::FetchMissing(std::vector<Missing>& missing) {
   }
   for (size_t i = 0; i < fetches.size(); ++i) {
     Fetch& fetch = fetches[i];
-    active_[i].counters.records_fetched += fetch.reads.size();
-    active_[i].counters.bytes_fetched += fetch.reads.size() * layout_.record_bytes();
     if (fetch.reads.empty()) {
       fetch.done.Notify();
       continue;
+    }
+    for (const kvstore::RecordRead& read : fetch.reads) {
+      active_[i].counters.CountFetched(store_->PathTo(read.page.store), 1,
+                                       layout_.record_bytes());
     }
     store_->ReadRecords(std::move(fetch.reads), [&fetch](absl::Status status) {
       fetch.status = std::move(status);

@@ -59,7 +59,7 @@ class CpuBackend final : public Backend {
 
   const ModelConfig& config() const override { return checkpoint_->config(); }
   const kvstore::PageLayout& layout() const override { return layout_; }
-  const std::string& model_fingerprint() const override { return checkpoint_->fingerprint(); }
+  const std::string& model_fingerprint() const override { return fingerprint_; }
 
   absl::Status AddSequence(SequenceId id, int64_t max_tokens) override;
   void RemoveSequence(SequenceId id) override;
@@ -137,6 +137,8 @@ class CpuBackend final : public Backend {
   kvstore::StoreClient* const store_;
   const CpuBackendOptions options_;
   const kvstore::PageLayout layout_;
+  // Of checkpoint and policy: what deeper layers cache depends on which blocks were attended.
+  const std::string fingerprint_;
   std::vector<Layer> layers_;
   std::vector<float> final_norm_;
   std::vector<double> inverse_frequencies_;  // [D/2]

@@ -1,0 +1,678 @@
+#include "worker/engine/engine.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/log.h"
+#include "base/status_macros.h"
+
+namespace nosara::worker {
+namespace {
+
+using kvstore::kBlockTokens;
+
+/// Blocks of one write: what one reservation asks for at most.
+constexpr size_t kBlocksPerWrite = 16;
+
+}  // namespace
+
+/// A request and, while it is admitted, its sequence in the backend.
+struct Engine::Sequence {
+  enum class Phase {
+    kQueued,    // no memory yet
+    kLookup,    // waiting for the stores' answer
+    kRunning,   // prefill or decode
+    kFlushing,  // the sink has been told; blocks are still being stored
+  };
+
+  uint64_t handle = 0;
+  Request request;
+  std::shared_ptr<RequestSink> sink;
+  Phase phase = Phase::kQueued;
+  bool in_backend = false;
+
+  std::vector<int32_t> tokens;  // prompt and output
+  int64_t prefill_tokens = 0;   // prompt and what was generated elsewhere
+  int64_t position = 0;         // tokens in the cache
+  int64_t cached_tokens = 0;
+  CacheCounters cache;
+  int64_t pages_written = 0;
+
+  kvstore::PageKey namespace_key;
+  std::vector<kvstore::PageKey> keys;  // of full blocks, as far as they were needed
+  std::vector<kvstore::LeaseId> leases;
+  std::deque<FinishedBlock> unstored;
+  bool write_in_flight = false;
+  absl::Time retry_at = absl::InfinitePast();
+  absl::Time stuck_since = absl::InfiniteFuture();  // no headroom, waiting for the store
+  absl::Status last_write_error;
+
+  SequenceId id() const { return SequenceId{handle}; }
+
+  /// Extends the key chain to `blocks` full blocks.
+  void NeedKeys(size_t blocks) {
+    while (keys.size() < blocks) {
+      keys.push_back(kvstore::ChildKey(
+          keys.empty() ? namespace_key : keys.back(),
+          absl::MakeConstSpan(tokens).subspan(keys.size() * kBlockTokens, kBlockTokens)));
+    }
+  }
+};
+
+absl::Status EngineOptions::Validate() const {
+  const auto positive = [](const char* name, int64_t value) {
+    return value >= 1 ? absl::OkStatus()
+                      : absl::InvalidArgumentError(
+                            absl::StrCat(name, " = ", value, ": must be at least 1"));
+  };
+  RETURN_IF_ERROR(positive("step_tokens", limits.step_tokens));
+  RETURN_IF_ERROR(positive("prefill_chunk_tokens", limits.chunk_tokens));
+  RETURN_IF_ERROR(positive("max_running", max_running));
+  RETURN_IF_ERROR(positive("max_queued", max_queued));
+  if (store_patience <= absl::ZeroDuration() || store_retry_delay <= absl::ZeroDuration()) {
+    return absl::InvalidArgumentError("store_patience and store_retry_delay must be positive");
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::unique_ptr<Backend> backend,
+                                                       kvstore::StoreClient* store,
+                                                       const Clock* clock, EngineOptions options) {
+  RETURN_IF_ERROR(options.Validate());
+  std::unique_ptr<Engine> engine(new Engine(std::move(backend), store, clock, options));
+  absl::MutexLock lock(&engine->stop_mu_);
+  engine->thread_ = std::thread([raw = engine.get()] { raw->Run(); });
+  return engine;
+}
+
+Engine::Engine(std::unique_ptr<Backend> backend, kvstore::StoreClient* store, const Clock* clock,
+               EngineOptions options)
+    : backend_(std::move(backend)),
+      store_(store),
+      clock_(clock),
+      options_(options),
+      // Room for every submission and cancel at once, and for the few store operations of each
+      // running sequence: events are never dropped.
+      inbox_(4 * static_cast<size_t>(options.max_queued) +
+             64 * static_cast<size_t>(options.max_running) + 4096) {}
+
+Engine::~Engine() { Stop(); }
+
+absl::Status Engine::Validate(const Request& request) const {
+  const ModelConfig& config = backend_->config();
+  if (request.prompt.empty()) {
+    return absl::InvalidArgumentError("prompt_tokens is empty: must have at least 1 token");
+  }
+  for (const std::vector<int32_t>* tokens : {&request.prompt, &request.generated}) {
+    for (int32_t token : *tokens) {
+      if (token < 0 || token >= config.vocab_size) {
+        return absl::InvalidArgumentError(absl::StrCat(
+            "token ", token, ": must be 0 to ", config.vocab_size - 1));
+      }
+    }
+  }
+  const int64_t prompt = request.prompt.size();
+  const int64_t generated = request.generated.size();
+  if (request.max_tokens <= generated) {
+    return absl::InvalidArgumentError(absl::StrCat("max_tokens = ", request.max_tokens,
+                                                   ": must be more than the ", generated,
+                                                   " tokens generated already"));
+  }
+  if (prompt + request.max_tokens > config.max_position_embeddings) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "prompt of ", prompt, " tokens and max_tokens = ", request.max_tokens,
+        ": together at most ", config.max_position_embeddings, ", the model's context"));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<RequestHandle> Engine::Submit(Request request, std::shared_ptr<RequestSink> sink) {
+  RETURN_IF_ERROR(Validate(request));
+  if (draining_.load(std::memory_order_relaxed)) {
+    return absl::FailedPreconditionError("the worker is draining");
+  }
+  if (waiting_.fetch_add(1, std::memory_order_relaxed) >= options_.max_queued) {
+    waiting_.fetch_sub(1, std::memory_order_relaxed);
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the worker's queue of ", options_.max_queued, " requests is full"));
+  }
+  const RequestHandle handle{next_handle_.fetch_add(1, std::memory_order_relaxed)};
+  auto sequence = std::make_unique<Sequence>();
+  sequence->handle = handle.value;
+  sequence->tokens = request.prompt;
+  sequence->tokens.insert(sequence->tokens.end(), request.generated.begin(),
+                          request.generated.end());
+  sequence->prefill_tokens = sequence->tokens.size();
+  sequence->request = std::move(request);
+  sequence->sink = std::move(sink);
+  const bool pushed =
+      inbox_.TryPush([this, sequence = std::move(sequence)]() mutable {
+        const uint64_t value = sequence->handle;
+        if (stopping_) {
+          sequence->sink->OnFailed(absl::UnavailableError("the worker is stopping"));
+          waiting_.fetch_sub(1, std::memory_order_relaxed);
+          return;
+        }
+        sequences_[value] = std::move(sequence);
+        queue_.push_back(value);
+      });
+  if (!pushed) {
+    waiting_.fetch_sub(1, std::memory_order_relaxed);
+    return absl::UnavailableError("the worker is stopping");
+  }
+  return handle;
+}
+
+void Engine::Cancel(RequestHandle handle) {
+  (void)inbox_.TryPush([this, handle] {
+    Sequence* sequence = Find(handle.value);
+    if (sequence == nullptr || sequence->phase == Sequence::Phase::kFlushing) return;
+    sequence->unstored.clear();
+    Leave(*sequence);
+    EraseIfDone(handle.value);
+  });
+}
+
+EngineLoad Engine::load() const {
+  absl::MutexLock lock(&load_mu_);
+  EngineLoad load = load_;
+  load.draining = draining_.load(std::memory_order_relaxed);
+  return load;
+}
+
+void Engine::Drain() { draining_.store(true, std::memory_order_relaxed); }
+
+void Engine::Stop() {
+  absl::MutexLock lock(&stop_mu_);
+  if (!thread_.joinable()) return;
+  draining_.store(true, std::memory_order_relaxed);
+  Post([this] { stopping_ = true; });
+  thread_.join();
+}
+
+void Engine::Post(Event event) {
+  // Full only if the bound of the constructor is wrong.
+  const bool pushed = inbox_.TryPush(std::move(event));
+  CHECK(pushed || inbox_.closed());
+}
+
+Engine::Sequence* Engine::Find(uint64_t handle) {
+  const auto found = sequences_.find(handle);
+  return found == sequences_.end() ? nullptr : found->second.get();
+}
+
+void Engine::Run() {
+  while (true) {
+    for (Event& event : inbox_.PopAll()) std::move(event)();
+    if (stopping_) {
+      std::vector<uint64_t> all;
+      for (const auto& [handle, sequence] : sequences_) all.push_back(handle);
+      for (uint64_t handle : all) {
+        Sequence& sequence = *sequences_[handle];
+        sequence.unstored.clear();
+        Fail(sequence, absl::UnavailableError("the worker is stopping"));
+        EraseIfDone(handle);
+      }
+      // Landing buffers of operations in flight are the client's until they complete.
+      if (store_operations_ > 0) {
+        inbox_.WaitNotEmpty(absl::InfiniteDuration());
+        continue;
+      }
+      // What came in last is answered too.
+      inbox_.Close();
+      for (Event& event : inbox_.PopAll()) std::move(event)();
+      return;
+    }
+    const absl::Duration until_next = Housekeep();
+    AdmitQueued();
+    const bool ran = RunStep();
+    PublishLoad();
+    if (!ran) inbox_.WaitNotEmpty(until_next);
+  }
+}
+
+absl::Duration Engine::Housekeep() {
+  const absl::Time now = clock_->Now();
+  absl::Time next = absl::InfiniteFuture();
+  std::vector<uint64_t> all;
+  for (const auto& [handle, sequence] : sequences_) all.push_back(handle);
+  for (uint64_t handle : all) {
+    Sequence& sequence = *sequences_[handle];
+    if (sequence.phase != Sequence::Phase::kFlushing) {
+      if (sequence.request.deadline <= now) {
+        sequence.unstored.clear();
+        Fail(sequence, absl::DeadlineExceededError("the request's deadline has passed"));
+        EraseIfDone(handle);
+        continue;
+      }
+      next = std::min(next, sequence.request.deadline);
+    }
+    if (!sequence.unstored.empty() && !sequence.write_in_flight) {
+      if (sequence.retry_at <= now) {
+        StoreBlocks(sequence);
+      } else {
+        next = std::min(next, sequence.retry_at);
+      }
+    }
+    if (sequence.phase == Sequence::Phase::kFlushing) {
+      EraseIfDone(handle);
+      continue;
+    }
+    if (sequence.stuck_since + options_.store_patience <= now) {
+      absl::Status error = sequence.last_write_error;
+      if (error.ok()) error = absl::UnavailableError("the KV store does not answer");
+      Fail(sequence, Annotate(error, absl::StrCat("no KV store took the sequence's blocks for ",
+                                                  absl::FormatDuration(options_.store_patience))));
+      EraseIfDone(handle);
+      continue;
+    }
+    next = std::min(next, sequence.stuck_since + options_.store_patience);
+  }
+  return next - now;
+}
+
+void Engine::AdmitQueued() {
+  while (!queue_.empty() && static_cast<int>(running_.size()) < options_.max_running) {
+    Sequence& sequence = *sequences_[queue_.front()];
+    const int64_t max_tokens = sequence.request.prompt.size() + sequence.request.max_tokens;
+    const absl::Status added = backend_->AddSequence(sequence.id(), max_tokens);
+    // No room until others have left: the first in line waits, so that a large request is not
+    // starved by small ones.
+    if (absl::IsResourceExhausted(added) && sequences_.size() > queue_.size()) return;
+    if (!added.ok()) {
+      Fail(sequence, added);
+      EraseIfDone(sequence.handle);
+      continue;
+    }
+    queue_.pop_front();
+    waiting_.fetch_sub(1, std::memory_order_relaxed);
+    sequence.in_backend = true;
+    running_.push_back(sequence.handle);
+    LookUp(sequence);
+  }
+}
+
+void Engine::LookUp(Sequence& sequence) {
+  sequence.phase = Sequence::Phase::kLookup;
+  const Request& request = sequence.request;
+  sequence.namespace_key = kvstore::NamespaceKey(
+      backend_->model_fingerprint(), backend_->layout().fingerprint(),
+      absl::StrCat("theta=", backend_->config().rope_theta), request.cache_salt);
+  // The last token is always computed, so that there are logits to sample from.
+  const size_t blocks = (sequence.tokens.size() - 1) / kBlockTokens;
+  if (blocks == 0) {
+    StartPrefill(sequence, 0);
+    return;
+  }
+  sequence.NeedKeys(blocks);
+  ++store_operations_;
+  store_->Lookup(sequence.keys, [this, handle = sequence.handle](
+                                    absl::StatusOr<kvstore::LookupResult> result) {
+    Post([this, handle, result = std::move(result)]() mutable {
+      --store_operations_;
+      OnLookup(handle, std::move(result));
+    });
+  });
+}
+
+void Engine::OnLookup(uint64_t handle, absl::StatusOr<kvstore::LookupResult> result) {
+  Sequence* sequence = Find(handle);
+  if (sequence == nullptr || sequence->phase != Sequence::Phase::kLookup || !sequence->in_backend) {
+    // Cancelled meanwhile.
+    if (result.ok()) store_->Release(std::move(result->leases));
+    EraseIfDone(handle);
+    return;
+  }
+  if (!result.ok()) {
+    // Without a store, only what fits into the worker's own unstored blocks can be served.
+    const int64_t tokens = sequence->request.prompt.size() + sequence->request.max_tokens;
+    if (tokens > backend_->Headroom(sequence->id())) {
+      Fail(*sequence, Annotate(result.status(), "looking up the prompt in the KV store"));
+      EraseIfDone(handle);
+      return;
+    }
+    LogWarning("request {}: no KV store, serving without: {}", sequence->request.request_id,
+               result.status().ToString());
+    StartPrefill(*sequence, 0);
+    return;
+  }
+  sequence->leases = std::move(result->leases);
+  if (result->pages.empty()) {
+    StartPrefill(*sequence, 0);
+    return;
+  }
+  const size_t prefix_bytes = backend_->layout().prefix_bytes();
+  auto bytes = std::make_shared<std::vector<std::byte>>(result->pages.size() * prefix_bytes);
+  std::vector<kvstore::PrefixRead> reads;
+  for (size_t i = 0; i < result->pages.size(); ++i) {
+    reads.push_back({result->pages[i], absl::MakeSpan(*bytes).subspan(i * prefix_bytes,
+                                                                      prefix_bytes)});
+  }
+  ++store_operations_;
+  store_->ReadPrefixes(std::move(reads), [this, handle, pages = std::move(result->pages),
+                                          bytes](absl::Status status) mutable {
+    Post([this, handle, pages = std::move(pages), bytes = std::move(bytes),
+          status = std::move(status)]() mutable {
+      --store_operations_;
+      OnPrefixes(handle, std::move(pages), std::move(bytes), std::move(status));
+    });
+  });
+}
+
+void Engine::OnPrefixes(uint64_t handle, std::vector<kvstore::PageRef> pages,
+                        std::shared_ptr<std::vector<std::byte>> bytes, absl::Status status) {
+  Sequence* sequence = Find(handle);
+  if (sequence == nullptr || sequence->phase != Sequence::Phase::kLookup || !sequence->in_backend) {
+    EraseIfDone(handle);
+    return;
+  }
+  int64_t cached = 0;
+  if (status.ok()) {
+    const size_t prefix_bytes = backend_->layout().prefix_bytes();
+    std::vector<BoundPage> bound;
+    for (size_t i = 0; i < pages.size(); ++i) {
+      bound.push_back({pages[i], absl::MakeConstSpan(*bytes).subspan(i * prefix_bytes,
+                                                                     prefix_bytes)});
+    }
+    status = backend_->BindPages(sequence->id(), bound);
+    cached = static_cast<int64_t>(pages.size()) * kBlockTokens;
+  }
+  if (!status.ok()) {
+    // What cannot be read is computed anew.
+    LogWarning("request {}: {} cached pages not used: {}", sequence->request.request_id,
+               pages.size(), status.ToString());
+    store_->Release(std::move(sequence->leases));
+    sequence->leases.clear();
+    cached = 0;
+  }
+  StartPrefill(*sequence, cached);
+}
+
+void Engine::StartPrefill(Sequence& sequence, int64_t cached_tokens) {
+  sequence.phase = Sequence::Phase::kRunning;
+  sequence.position = cached_tokens;
+  sequence.cached_tokens = cached_tokens;
+  sequence.sink->OnAccepted(cached_tokens);
+}
+
+bool Engine::RunStep() {
+  const absl::Time now = clock_->Now();
+  std::vector<Sequence*> candidates;
+  std::vector<SequenceView> views;
+  for (uint64_t handle : running_) {
+    Sequence& sequence = *sequences_[handle];
+    if (sequence.phase != Sequence::Phase::kRunning) continue;
+    const int64_t headroom = backend_->Headroom(sequence.id());
+    if (headroom > 0) {
+      sequence.stuck_since = absl::InfiniteFuture();
+    } else if (sequence.stuck_since == absl::InfiniteFuture()) {
+      sequence.stuck_since = now;
+    }
+    candidates.push_back(&sequence);
+    views.push_back({sequence.position, sequence.prefill_tokens, headroom});
+  }
+  const Schedule schedule = PlanStep(views, options_.limits);
+  const auto items_of = [&](const std::vector<ScheduledItem>& scheduled) {
+    std::vector<StepItem> items;
+    for (const ScheduledItem& one : scheduled) {
+      const Sequence& sequence = *candidates[one.view];
+      StepItem item;
+      item.sequence = sequence.id();
+      item.tokens =
+          absl::MakeConstSpan(sequence.tokens).subspan(sequence.position, one.tokens);
+      if (sequence.position + one.tokens == static_cast<int64_t>(sequence.tokens.size())) {
+        item.sample = SampleRequest{sequence.request.sampling, sequence.tokens,
+                                    sequence.request.prompt.size()};
+      }
+      items.push_back(item);
+    }
+    return items;
+  };
+  const auto finish = [&](const std::vector<ScheduledItem>& scheduled,
+                          std::vector<StepItemResult> results) {
+    for (size_t i = 0; i < scheduled.size(); ++i) {
+      AfterStep(*candidates[scheduled[i].view], scheduled[i].tokens, std::move(results[i]));
+    }
+  };
+  if (!schedule.decode.empty()) {
+    finish(schedule.decode, backend_->DecodeStep(items_of(schedule.decode)));
+  }
+  if (!schedule.prefill.empty()) {
+    finish(schedule.prefill, backend_->PrefillChunk(items_of(schedule.prefill)));
+  }
+  if (options_.integrity == EngineOptions::Integrity::kEachStep) backend_->CheckIntegrity();
+  // Only now: results hold no pointers to sequences any more.
+  for (const std::vector<ScheduledItem>* list : {&schedule.decode, &schedule.prefill}) {
+    for (const ScheduledItem& one : *list) EraseIfDone(candidates[one.view]->handle);
+  }
+  return !schedule.decode.empty() || !schedule.prefill.empty();
+}
+
+void Engine::AfterStep(Sequence& sequence, int64_t tokens, StepItemResult result) {
+  sequence.cache += result.counters;
+  total_cache_ += result.counters;
+  if (!result.status.ok()) {
+    sequence.unstored.clear();
+    Fail(sequence, result.status);
+    return;
+  }
+  sequence.position += tokens;
+  for (FinishedBlock& block : result.finished) sequence.unstored.push_back(std::move(block));
+  if (sequence.position <= sequence.prefill_tokens) {
+    sequence.sink->OnPrefillProgress(sequence.position, sequence.prefill_tokens);
+  }
+  if (result.token.has_value()) TakeToken(sequence, *std::move(result.token));
+  if (!sequence.unstored.empty() && !sequence.write_in_flight &&
+      sequence.retry_at <= clock_->Now()) {
+    StoreBlocks(sequence);
+  }
+}
+
+void Engine::TakeToken(Sequence& sequence, SampledToken token) {
+  const std::vector<int32_t>& stops = sequence.request.stop_token_ids;
+  if (std::find(stops.begin(), stops.end(), token.id) != stops.end()) {
+    Complete(sequence, FinishReason::kStop);
+    return;
+  }
+  sequence.tokens.push_back(token.id);
+  sequence.sink->OnToken(token);
+  const int64_t generated = sequence.tokens.size() - sequence.request.prompt.size();
+  if (generated >= sequence.request.max_tokens) Complete(sequence, FinishReason::kLength);
+}
+
+void Engine::StoreBlocks(Sequence& sequence) {
+  CHECK(!sequence.write_in_flight && !sequence.unstored.empty());
+  std::vector<FinishedBlock> blocks;
+  while (!sequence.unstored.empty() && blocks.size() < kBlocksPerWrite) {
+    blocks.push_back(std::move(sequence.unstored.front()));
+    sequence.unstored.pop_front();
+  }
+  const size_t first = blocks.front().block;
+  sequence.NeedKeys(first + blocks.size());
+  kvstore::ChainPosition position;
+  position.head = sequence.keys[0];
+  position.parent = first == 0 ? sequence.namespace_key : sequence.keys[first - 1];
+  std::vector<kvstore::PageWrite> writes;
+  for (const FinishedBlock& block : blocks) {
+    writes.push_back({sequence.keys[block.block], kBlockTokens, *block.page});
+  }
+  sequence.write_in_flight = true;
+  ++store_operations_;
+  store_->Write(position, std::move(writes),
+                [this, handle = sequence.handle, blocks = std::move(blocks)](
+                    absl::StatusOr<kvstore::WriteResult> result) mutable {
+                  Post([this, handle, blocks = std::move(blocks),
+                        result = std::move(result)]() mutable {
+                    --store_operations_;
+                    OnWritten(handle, std::move(blocks), std::move(result));
+                  });
+                });
+}
+
+void Engine::OnWritten(uint64_t handle, std::vector<FinishedBlock> blocks,
+                       absl::StatusOr<kvstore::WriteResult> result) {
+  Sequence* sequence = Find(handle);
+  CHECK(sequence != nullptr);  // a sequence lives until its write is over
+  if (!result.ok()) {
+    WriteFailed(*sequence, std::move(blocks), result.status());
+    EraseIfDone(handle);
+    return;
+  }
+  for (kvstore::LeaseId lease : result->leases) sequence->leases.push_back(lease);
+  const bool foreign = std::find(result->already_stored.begin(), result->already_stored.end(), 1) !=
+                       result->already_stored.end();
+  if (foreign && sequence->in_backend) {
+    // Somebody else's bytes have somebody else's checksums.
+    const size_t prefix_bytes = backend_->layout().prefix_bytes();
+    auto prefixes = std::make_shared<std::vector<std::byte>>(blocks.size() * prefix_bytes);
+    std::vector<kvstore::PrefixRead> reads;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      reads.push_back({result->pages[i],
+                       absl::MakeSpan(*prefixes).subspan(i * prefix_bytes, prefix_bytes)});
+    }
+    ++store_operations_;
+    store_->ReadPrefixes(
+        std::move(reads), [this, handle, blocks = std::move(blocks), result = *std::move(result),
+                           prefixes](absl::Status status) mutable {
+          Post([this, handle, blocks = std::move(blocks), result = std::move(result),
+                prefixes = std::move(prefixes), status = std::move(status)]() mutable {
+            --store_operations_;
+            OnForeignPrefixes(handle, std::move(blocks), std::move(result), std::move(prefixes),
+                              std::move(status));
+          });
+        });
+    return;
+  }
+  std::vector<std::vector<uint64_t>> checksums(blocks.size());
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    for (int record = 0; record < backend_->layout().num_records(); ++record) {
+      checksums[i].push_back(
+          kvstore::RecordChecksum(backend_->layout(), *blocks[i].page, record));
+    }
+  }
+  CommitBlocks(*sequence, blocks, *result, checksums);
+  EraseIfDone(handle);
+}
+
+void Engine::OnForeignPrefixes(uint64_t handle, std::vector<FinishedBlock> blocks,
+                               kvstore::WriteResult result,
+                               std::shared_ptr<std::vector<std::byte>> prefixes,
+                               absl::Status status) {
+  Sequence* sequence = Find(handle);
+  CHECK(sequence != nullptr);
+  if (!status.ok()) {
+    WriteFailed(*sequence, std::move(blocks), status);
+    EraseIfDone(handle);
+    return;
+  }
+  const kvstore::PageLayout& layout = backend_->layout();
+  std::vector<std::vector<uint64_t>> checksums(blocks.size());
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    for (int record = 0; record < layout.num_records(); ++record) {
+      checksums[i].push_back(kvstore::RecordChecksum(
+          layout,
+          absl::MakeConstSpan(*prefixes).subspan(i * layout.prefix_bytes(), layout.prefix_bytes()),
+          record));
+    }
+  }
+  CommitBlocks(*sequence, blocks, result, checksums);
+  EraseIfDone(handle);
+}
+
+void Engine::CommitBlocks(Sequence& sequence, const std::vector<FinishedBlock>& blocks,
+                          const kvstore::WriteResult& result,
+                          const std::vector<std::vector<uint64_t>>& checksums) {
+  sequence.write_in_flight = false;
+  sequence.last_write_error = absl::OkStatus();
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    const int64_t written = result.already_stored[i] != 0 ? 0 : 1;
+    sequence.pages_written += written;
+    total_pages_written_ += written;
+    if (sequence.in_backend) {
+      backend_->CommitBlock(sequence.id(), blocks[i].block, result.pages[i], checksums[i]);
+    }
+  }
+  if (!sequence.unstored.empty()) StoreBlocks(sequence);
+}
+
+void Engine::WriteFailed(Sequence& sequence, std::vector<FinishedBlock> blocks,
+                         const absl::Status& status) {
+  sequence.write_in_flight = false;
+  if (sequence.last_write_error.ok()) {
+    LogWarning("request {}: blocks {} to {} not stored, trying again: {}",
+               sequence.request.request_id, blocks.front().block, blocks.back().block,
+               status.ToString());
+  }
+  sequence.last_write_error = status;
+  if (sequence.phase == Sequence::Phase::kFlushing || sequence.sink == nullptr) {
+    // Nobody waits for these pages: they are a lost chance of reuse, no more.
+    sequence.unstored.clear();
+    return;
+  }
+  // They stay on the worker; the sequence goes on while it has headroom.
+  for (auto block = blocks.rbegin(); block != blocks.rend(); ++block) {
+    sequence.unstored.push_front(std::move(*block));
+  }
+  sequence.retry_at = clock_->Now() + options_.store_retry_delay;
+}
+
+void Engine::Complete(Sequence& sequence, FinishReason reason) {
+  Completion completion;
+  completion.reason = reason;
+  completion.prompt_tokens = sequence.request.prompt.size();
+  completion.completion_tokens = sequence.tokens.size() - sequence.request.prompt.size();
+  completion.cached_prompt_tokens = sequence.cached_tokens;
+  completion.cache = sequence.cache;
+  // Blocks on their way count: they are this request's doing.
+  completion.pages_written = sequence.pages_written;
+  const std::shared_ptr<RequestSink> sink = std::move(sequence.sink);
+  Leave(sequence);
+  sink->OnCompleted(completion);
+}
+
+void Engine::Fail(Sequence& sequence, const absl::Status& status) {
+  const std::shared_ptr<RequestSink> sink = std::move(sequence.sink);
+  Leave(sequence);
+  if (sink != nullptr) sink->OnFailed(status);
+}
+
+void Engine::Leave(Sequence& sequence) {
+  if (sequence.phase == Sequence::Phase::kQueued) {
+    queue_.erase(std::find(queue_.begin(), queue_.end(), sequence.handle));
+    waiting_.fetch_sub(1, std::memory_order_relaxed);
+  }
+  sequence.sink = nullptr;
+  sequence.phase = Sequence::Phase::kFlushing;
+  sequence.stuck_since = absl::InfiniteFuture();
+  if (!sequence.in_backend) return;
+  sequence.in_backend = false;
+  backend_->RemoveSequence(sequence.id());
+  running_.erase(std::find(running_.begin(), running_.end(), sequence.handle));
+}
+
+void Engine::EraseIfDone(uint64_t handle) {
+  Sequence* sequence = Find(handle);
+  if (sequence == nullptr || sequence->phase != Sequence::Phase::kFlushing) return;
+  if (sequence->write_in_flight || !sequence->unstored.empty()) return;
+  if (!sequence->leases.empty()) store_->Release(std::move(sequence->leases));
+  sequences_.erase(handle);
+}
+
+void Engine::PublishLoad() {
+  EngineLoad load;
+  load.queued_requests = queue_.size();
+  load.running_requests = running_.size();
+  for (uint64_t handle : running_) {
+    const Sequence& sequence = *sequences_[handle];
+    load.running_tokens += sequence.tokens.size();
+    load.pending_prefill_tokens += std::max<int64_t>(0, sequence.prefill_tokens - sequence.position);
+  }
+  for (uint64_t handle : queue_) load.pending_prefill_tokens += sequences_[handle]->prefill_tokens;
+  load.cache = total_cache_;
+  load.pages_written = total_pages_written_;
+  absl::MutexLock lock(&load_mu_);
+  load_ = load;
+}
+
+}  // namespace nosara::worker
