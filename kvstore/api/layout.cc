@@ -10,17 +10,23 @@
 namespace nosara::kvstore {
 namespace {
 
-size_t Align(size_t bytes) { return (bytes + kPageAlignment - 1) / kPageAlignment * kPageAlignment; }
+size_t Align(size_t bytes) {
+  return (bytes + kPageAlignment - 1) / kPageAlignment * kPageAlignment;
+}
 
-uint64_t HeaderChecksum(const PageLayout& layout, absl::Span<const std::byte> page) {
+/// Precondition: the page's header and its `num_records` checksums lie within `page`.
+uint64_t HeaderChecksum(uint32_t num_records, absl::Span<const std::byte> page) {
   PageHeader header;
   std::memcpy(&header, page.data(), sizeof(header));
   header.header_checksum = 0;
-  const size_t checksums_bytes = layout.num_records() * sizeof(uint64_t);
   const uint64_t of_checksums =
       PageChecksum(header.key, header.generation, kHeaderChecksumSeed,
-                   page.subspan(layout.checksums_offset(), checksums_bytes));
+                   page.subspan(sizeof(PageHeader), num_records * sizeof(uint64_t)));
   return XXH3_64bits_withSeed(&header, sizeof(header), of_checksums);
+}
+
+size_t IndexOffset(size_t num_records) {
+  return Align(sizeof(PageHeader) + num_records * sizeof(uint64_t));
 }
 
 }  // namespace
@@ -36,8 +42,8 @@ absl::StatusOr<PageLayout> PageLayout::Create(int layers, int kv_heads, int head
         absl::StrCat("page layout: kv_heads = ", kv_heads, ": must be 1 to 1024"));
   }
   if (head_dim < 16 || head_dim % 16 != 0 || head_dim > 1024) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "page layout: head_dim = ", head_dim, ": must be a multiple of 16 from 16 to 1024"));
+    return absl::InvalidArgumentError(absl::StrCat("page layout: head_dim = ", head_dim,
+                                                   ": must be a multiple of 16 from 16 to 1024"));
   }
   if (element_bytes != 2 && element_bytes != 4) {
     return absl::InvalidArgumentError(absl::StrCat("page layout: element_bytes = ", element_bytes,
@@ -49,7 +55,7 @@ absl::StatusOr<PageLayout> PageLayout::Create(int layers, int kv_heads, int head
   layout.head_dim_ = head_dim;
   layout.element_bytes_ = element_bytes;
   const size_t records = layout.num_records();
-  layout.index_offset_ = Align(sizeof(PageHeader) + records * sizeof(uint64_t));
+  layout.index_offset_ = IndexOffset(records);
   layout.index_bytes_ = records * layout.index_entry_bytes();
   layout.records_offset_ = Align(layout.index_offset_ + layout.index_bytes_);
   layout.record_bytes_ =
@@ -86,30 +92,30 @@ void SealPage(const PageLayout& layout, const PageKey& key, uint64_t generation,
   header.index_checksum = PageChecksum(key, generation, kIndexChecksumSeed,
                                        page.subspan(layout.index_offset(), layout.index_bytes()));
   for (int record = 0; record < layout.num_records(); ++record) {
-    const uint64_t checksum =
-        PageChecksum(key, generation, record,
-                     page.subspan(layout.record_offset(record), layout.record_bytes()));
+    const uint64_t checksum = PageChecksum(
+        key, generation, record, page.subspan(layout.record_offset(record), layout.record_bytes()));
     std::memcpy(page.data() + layout.checksums_offset() + record * sizeof(checksum), &checksum,
                 sizeof(checksum));
   }
   std::memcpy(page.data(), &header, sizeof(header));
-  header.header_checksum = HeaderChecksum(layout, page);
+  header.header_checksum = HeaderChecksum(header.num_records, page);
   std::memcpy(page.data(), &header, sizeof(header));
 }
 
-absl::Status VerifyPrefix(const PageLayout& layout, const PageKey& key, uint64_t generation,
-                          absl::Span<const std::byte> prefix) {
-  CHECK(prefix.size() >= layout.prefix_bytes());
+absl::Status VerifySealed(const SealedSizes& sizes, const PageKey& key, uint64_t generation,
+                          absl::Span<const std::byte> page) {
+  CHECK(sizes.prefix_bytes >= sizeof(PageHeader) && page.size() >= sizes.prefix_bytes);
+  const absl::Span<const std::byte> prefix = page.first(sizes.prefix_bytes);
   PageHeader header;
   std::memcpy(&header, prefix.data(), sizeof(header));
   if (header.magic != kPageMagic || header.version != kPageVersion) {
     return absl::DataLossError(absl::StrCat("page ", key.ToHex(), ": no page header"));
   }
-  if (header.layout_fingerprint != layout.fingerprint() ||
-      header.num_records != static_cast<uint32_t>(layout.num_records())) {
+  if (header.layout_fingerprint != sizes.layout_fingerprint || header.num_records == 0 ||
+      IndexOffset(header.num_records) >= prefix.size()) {
     return absl::DataLossError(absl::StrCat("page ", key.ToHex(), ": header of another layout"));
   }
-  if (header.header_checksum != HeaderChecksum(layout, prefix)) {
+  if (header.header_checksum != HeaderChecksum(header.num_records, prefix)) {
     return absl::DataLossError(absl::StrCat("page ", key.ToHex(), ": header checksum differs"));
   }
   if (header.key != key || header.generation != generation) {
@@ -121,13 +127,25 @@ absl::Status VerifyPrefix(const PageLayout& layout, const PageKey& key, uint64_t
     return absl::DataLossError(
         absl::StrCat("page ", key.ToHex(), ": ", header.tokens, " tokens: must be 1 to 64"));
   }
-  const uint64_t index_checksum =
-      PageChecksum(key, generation, kIndexChecksumSeed,
-                   prefix.subspan(layout.index_offset(), layout.index_bytes()));
+  const uint64_t index_checksum = PageChecksum(key, generation, kIndexChecksumSeed,
+                                               prefix.subspan(IndexOffset(header.num_records)));
   if (header.index_checksum != index_checksum) {
     return absl::DataLossError(absl::StrCat("page ", key.ToHex(), ": index checksum differs"));
   }
   return absl::OkStatus();
+}
+
+absl::Status VerifyPrefix(const PageLayout& layout, const PageKey& key, uint64_t generation,
+                          absl::Span<const std::byte> prefix) {
+  CHECK(prefix.size() >= layout.prefix_bytes());
+  PageHeader header;
+  std::memcpy(&header, prefix.data(), sizeof(header));
+  if (header.magic == kPageMagic &&
+      header.num_records != static_cast<uint32_t>(layout.num_records())) {
+    return absl::DataLossError(absl::StrCat("page ", key.ToHex(), ": ", header.num_records,
+                                            " records: must be ", layout.num_records()));
+  }
+  return VerifySealed({layout.fingerprint(), layout.prefix_bytes()}, key, generation, prefix);
 }
 
 uint64_t RecordChecksum(const PageLayout& layout, absl::Span<const std::byte> prefix, int record) {

@@ -127,6 +127,19 @@ uint64_t PageChecksum(const PageKey& key, uint64_t generation, uint32_t part,
 void SealPage(const PageLayout& layout, const PageKey& key, uint64_t generation, uint32_t tokens,
               absl::Span<std::byte> page);
 
+/// All that a store knows of the layout of a page.
+struct SealedSizes {
+  uint64_t layout_fingerprint = 0;
+  /// Header, record checksums and index part; at least sizeof(PageHeader).
+  size_t prefix_bytes = 0;
+};
+
+/// Checks a sealed page as far as its sizes allow: magic, version, layout, header checksum, key,
+/// generation, index checksum; never reads beyond `sizes.prefix_bytes`, whatever the page holds.
+/// ABORTED for another key or generation, DATA_LOSS for damaged bytes.
+absl::Status VerifySealed(const SealedSizes& sizes, const PageKey& key, uint64_t generation,
+                          absl::Span<const std::byte> page);
+
 /// Checks what a reader relies on before it uses a page prefix: magic, version, layout, key,
 /// generation, header checksum and index checksum. `prefix.size() >= layout.prefix_bytes()`.
 /// ABORTED when the slot was reused (another generation or key), DATA_LOSS when bytes are damaged.
