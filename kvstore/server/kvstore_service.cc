@@ -1,0 +1,346 @@
+#include "kvstore/server/kvstore_service.h"
+
+#include <grpcpp/grpcpp.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+#include "kvstore/api/layout.h"
+
+namespace nosara::kvstore {
+namespace {
+
+constexpr int kMaxLookupKeys = 65536;
+constexpr int kMaxPagesPerCall = 1024;
+constexpr int kMaxLeasesPerCall = 65536;
+/// Less than any layout has; bounds the memory that the index takes.
+constexpr uint64_t kMinPageBytes = 4096;
+constexpr uint64_t kMaxSlots = uint64_t{1} << 31;
+/// A full store empties as leases end; asking much more often than this only costs.
+constexpr absl::Duration kRetryDelay = absl::Milliseconds(200);
+
+grpc::Status ToGrpc(const absl::Status& status) {
+  return grpc::Status(static_cast<grpc::StatusCode>(status.code()), std::string(status.message()));
+}
+
+grpc::ServerUnaryReactor* Finish(grpc::CallbackServerContext* context, const absl::Status& status) {
+  grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+  reactor->Finish(status.ok() ? grpc::Status::OK : ToGrpc(status));
+  return reactor;
+}
+
+absl::Status CheckCount(const char* field, int count, int min, int max) {
+  if (count >= min && count <= max) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(field, ": has ", count, " elements: must have ", min, " to ", max));
+}
+
+absl::StatusOr<PageKey> ParseKey(const char* field, int index, const std::string& bytes) {
+  absl::StatusOr<PageKey> key = PageKey::FromBytes(bytes);
+  if (!key.ok()) return Annotate(key.status(), absl::StrCat(field, "[", index, "]"));
+  return key;
+}
+
+absl::StatusOr<std::vector<PageKey>> ParseKeys(
+    const google::protobuf::RepeatedPtrField<std::string>& bytes) {
+  std::vector<PageKey> keys;
+  keys.reserve(bytes.size());
+  for (int i = 0; i < bytes.size(); ++i) {
+    ASSIGN_OR_RETURN(PageKey key, ParseKey("keys", i, bytes[i]));
+    keys.push_back(key);
+  }
+  return keys;
+}
+
+void FillPage(const PageIndex::Page& page, v1::Page* proto) {
+  proto->set_key(page.key.bytes.data(), page.key.bytes.size());
+  proto->set_slot(page.slot);
+  proto->set_generation(page.generation);
+}
+
+}  // namespace
+
+KvStoreServiceImpl::KvStoreServiceImpl(Options options) : options_(std::move(options)) {
+  CHECK(options_.epoch != 0 && options_.clock != nullptr);
+}
+
+absl::Status KvStoreServiceImpl::CheckEpoch(uint64_t epoch) const {
+  if (epoch == 0 || epoch == options_.epoch) return absl::OkStatus();
+  return absl::AbortedError(absl::StrCat("epoch ", epoch, ": node ", options_.node_id,
+                                         " has restarted, its epoch is ", options_.epoch));
+}
+
+grpc::ServerUnaryReactor* KvStoreServiceImpl::GetInfo(grpc::CallbackServerContext* context,
+                                                      const v1::GetInfoRequest* request,
+                                                      v1::GetInfoResponse* response) {
+  response->set_node_id(options_.node_id);
+  response->set_epoch(options_.epoch);
+  response->set_arena_bytes(options_.arena.size());
+  response->set_host_id(options_.host_id);
+  response->set_arena_path(options_.arena_path);
+  response->set_ucx_address(options_.ucx_address);
+  response->set_ucx_rkey(options_.ucx_rkey);
+  response->set_remote_address(reinterpret_cast<uint64_t>(options_.arena.data()));
+  response->set_lease_ttl_ms(lease_ttl_ms());
+  {
+    absl::MutexLock lock(&mu_);
+    response->set_page_bytes(page_bytes_);
+    if (index_ != nullptr) response->set_num_slots(index_->stats().slots_total);
+  }
+  return Finish(context, absl::OkStatus());
+}
+
+absl::Status KvStoreServiceImpl::DoLookup(const v1::LookupRequest& request,
+                                          v1::LookupResponse& response) {
+  RETURN_IF_ERROR(CheckEpoch(request.epoch()));
+  RETURN_IF_ERROR(CheckCount("keys", request.keys_size(), 1, kMaxLookupKeys));
+  ASSIGN_OR_RETURN(const std::vector<PageKey> keys, ParseKeys(request.keys()));
+  PageIndex::LookupResult found;
+  {
+    absl::MutexLock lock(&mu_);
+    if (index_ != nullptr) found = index_->Lookup(keys, options_.clock->Now());
+  }
+  response.mutable_pages()->Reserve(static_cast<int>(found.pages.size()));
+  for (const PageIndex::Page& page : found.pages) FillPage(page, response.add_pages());
+  response.set_lease_id(found.lease_id);
+  response.set_lease_ttl_ms(lease_ttl_ms());
+  return absl::OkStatus();
+}
+
+grpc::ServerUnaryReactor* KvStoreServiceImpl::Lookup(grpc::CallbackServerContext* context,
+                                                     const v1::LookupRequest* request,
+                                                     v1::LookupResponse* response) {
+  return Finish(context, DoLookup(*request, *response));
+}
+
+absl::Status KvStoreServiceImpl::FixPageSize(const v1::ReserveRequest& request) {
+  if (page_bytes_ != 0) {
+    if (request.page_bytes() == page_bytes_ && request.prefix_bytes() == prefix_bytes_ &&
+        request.layout_fingerprint() == layout_fingerprint_) {
+      return absl::OkStatus();
+    }
+    return absl::InvalidArgumentError(absl::StrCat(
+        "page_bytes = ", request.page_bytes(), " (prefix_bytes ", request.prefix_bytes(),
+        ", layout ", absl::Hex(request.layout_fingerprint()), "): node ", options_.node_id,
+        " holds pages of ", page_bytes_, " bytes (prefix_bytes ", prefix_bytes_, ", layout ",
+        absl::Hex(layout_fingerprint_), "); one store holds pages of one model layout"));
+  }
+  if (request.prefix_bytes() < sizeof(PageHeader) ||
+      request.prefix_bytes() > request.page_bytes()) {
+    return absl::InvalidArgumentError(absl::StrCat("prefix_bytes = ", request.prefix_bytes(),
+                                                   ": must be ", sizeof(PageHeader),
+                                                   " to page_bytes = ", request.page_bytes()));
+  }
+  if (request.page_bytes() % kPageAlignment != 0 || request.page_bytes() < kMinPageBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("page_bytes = ", request.page_bytes(),
+                                                   ": must be a multiple of ", kPageAlignment,
+                                                   ", at least ", kMinPageBytes));
+  }
+  if (request.page_bytes() > options_.arena.size()) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "arena too small: one page needs ", request.page_bytes(), " bytes, node ", options_.node_id,
+        " has ", options_.arena.size(), " bytes available; start it with a larger --arena_bytes"));
+  }
+  page_bytes_ = request.page_bytes();
+  prefix_bytes_ = request.prefix_bytes();
+  layout_fingerprint_ = request.layout_fingerprint();
+  PageIndex::Options index;
+  index.num_slots = std::min<uint64_t>(options_.arena.size() / page_bytes_, kMaxSlots);
+  index.base_generation = options_.epoch & ~uint64_t{0xffffffff};
+  index.lease_ttl = options_.lease_ttl;
+  index.quarantine = options_.quarantine;
+  index_ = std::make_unique<PageIndex>(index);
+  return absl::OkStatus();
+}
+
+absl::Status KvStoreServiceImpl::DoReserve(const v1::ReserveRequest& request,
+                                           v1::ReserveResponse& response) {
+  RETURN_IF_ERROR(CheckEpoch(request.epoch()));
+  RETURN_IF_ERROR(CheckCount("keys", request.keys_size(), 1, kMaxPagesPerCall));
+  ASSIGN_OR_RETURN(const std::vector<PageKey> keys, ParseKeys(request.keys()));
+  const absl::StatusOr<PageKey> parent = PageKey::FromBytes(request.parent_key());
+  if (!parent.ok()) return Annotate(parent.status(), "parent_key");
+  PageIndex::ReserveResult reserved;
+  {
+    absl::MutexLock lock(&mu_);
+    if (draining_) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("node ", options_.node_id, " is draining: takes no new pages"));
+    }
+    RETURN_IF_ERROR(FixPageSize(request));
+    ASSIGN_OR_RETURN(reserved, index_->Reserve(keys, *parent, options_.clock->Now()));
+  }
+  for (const PageIndex::ReservedPage& page : reserved.pages) {
+    v1::ReserveResponse::Slot* const slot = response.add_slots();
+    switch (page.state) {
+      case PageIndex::ReserveState::kReserved:
+        slot->set_state(v1::ReserveResponse::STATE_RESERVED);
+        break;
+      case PageIndex::ReserveState::kStored:
+        slot->set_state(v1::ReserveResponse::STATE_STORED);
+        break;
+      case PageIndex::ReserveState::kBusy:
+        slot->set_state(v1::ReserveResponse::STATE_BUSY);
+        continue;
+    }
+    FillPage(page.page, slot->mutable_page());
+  }
+  response.set_lease_id(reserved.lease_id);
+  response.set_lease_ttl_ms(lease_ttl_ms());
+  return absl::OkStatus();
+}
+
+grpc::ServerUnaryReactor* KvStoreServiceImpl::Reserve(grpc::CallbackServerContext* context,
+                                                      const v1::ReserveRequest* request,
+                                                      v1::ReserveResponse* response) {
+  const absl::Status status = DoReserve(*request, *response);
+  bool can_ever_fit;
+  {
+    absl::MutexLock lock(&mu_);
+    can_ever_fit = index_ != nullptr;
+  }
+  if (absl::IsResourceExhausted(status) && can_ever_fit) {
+    context->AddTrailingMetadata(kRetryDelayMetadata,
+                                 absl::StrCat(absl::ToInt64Milliseconds(kRetryDelay)));
+  }
+  return Finish(context, status);
+}
+
+absl::Status KvStoreServiceImpl::DoCommit(const v1::CommitRequest& request) {
+  RETURN_IF_ERROR(CheckEpoch(request.epoch()));
+  RETURN_IF_ERROR(CheckCount("pages", request.pages_size(), 1, kMaxPagesPerCall));
+  std::vector<PageIndex::Page> pages;
+  for (int i = 0; i < request.pages_size(); ++i) {
+    const v1::Page& page = request.pages(i);
+    ASSIGN_OR_RETURN(const PageKey key, ParseKey("pages", i, page.key()));
+    pages.push_back({key, page.slot(), page.generation()});
+  }
+  SealedSizes sizes;
+  uint64_t page_bytes;
+  {
+    absl::MutexLock lock(&mu_);
+    if (index_ == nullptr) return absl::NotFoundError("nothing was ever reserved here");
+    RETURN_IF_ERROR(index_->CheckReservations(request.lease_id(), pages, options_.clock->Now()));
+    sizes = {layout_fingerprint_, prefix_bytes_};
+    page_bytes = page_bytes_;
+  }
+  // Outside the lock: hashing takes long. Should the lease end meanwhile, Commit below refuses.
+  absl::Status verified;
+  for (const PageIndex::Page& page : pages) {
+    const absl::Status status =
+        VerifySealed(sizes, page.key, page.generation,
+                     options_.arena.subspan(page.slot * page_bytes, page_bytes));
+    if (status.ok()) continue;
+    // Whatever is wrong with bytes that are only now being committed, they were written wrongly.
+    verified = absl::DataLossError(status.message());
+    absl::MutexLock lock(&mu_);
+    ++commit_checksum_failures_;
+    index_->DropReservation(request.lease_id(), page, options_.clock->Now());
+  }
+  RETURN_IF_ERROR(verified);
+  absl::MutexLock lock(&mu_);
+  return index_->Commit(request.lease_id(), pages, options_.clock->Now());
+}
+
+grpc::ServerUnaryReactor* KvStoreServiceImpl::Commit(grpc::CallbackServerContext* context,
+                                                     const v1::CommitRequest* request,
+                                                     v1::CommitResponse* response) {
+  return Finish(context, DoCommit(*request));
+}
+
+grpc::ServerUnaryReactor* KvStoreServiceImpl::Renew(grpc::CallbackServerContext* context,
+                                                    const v1::RenewRequest* request,
+                                                    v1::RenewResponse* response) {
+  absl::Status status = CheckEpoch(request->epoch());
+  if (status.ok()) {
+    status = CheckCount("lease_ids", request->lease_ids_size(), 0, kMaxLeasesPerCall);
+  }
+  if (!status.ok()) return Finish(context, status);
+  const std::vector<uint64_t> ids(request->lease_ids().begin(), request->lease_ids().end());
+  std::vector<uint64_t> lost = ids;
+  {
+    absl::MutexLock lock(&mu_);
+    if (index_ != nullptr) lost = index_->Renew(ids, options_.clock->Now());
+  }
+  for (const uint64_t id : lost) response->add_lost_lease_ids(id);
+  response->set_lease_ttl_ms(lease_ttl_ms());
+  return Finish(context, absl::OkStatus());
+}
+
+grpc::ServerUnaryReactor* KvStoreServiceImpl::Release(grpc::CallbackServerContext* context,
+                                                      const v1::ReleaseRequest* request,
+                                                      v1::ReleaseResponse* response) {
+  absl::Status status = CheckEpoch(request->epoch());
+  if (status.ok()) {
+    status = CheckCount("lease_ids", request->lease_ids_size(), 0, kMaxLeasesPerCall);
+  }
+  if (!status.ok()) return Finish(context, status);
+  const std::vector<uint64_t> ids(request->lease_ids().begin(), request->lease_ids().end());
+  {
+    absl::MutexLock lock(&mu_);
+    if (index_ != nullptr) index_->Release(ids, options_.clock->Now());
+  }
+  return Finish(context, absl::OkStatus());
+}
+
+grpc::ServerUnaryReactor* KvStoreServiceImpl::GetStats(grpc::CallbackServerContext* context,
+                                                       const v1::GetStatsRequest* request,
+                                                       v1::GetStatsResponse* response) {
+  response->set_node_id(options_.node_id);
+  response->set_epoch(options_.epoch);
+  PageIndex::Stats stats;
+  {
+    absl::MutexLock lock(&mu_);
+    response->set_draining(draining_);
+    response->set_page_bytes(page_bytes_);
+    response->set_commit_checksum_failures(commit_checksum_failures_);
+    if (index_ != nullptr) {
+      index_->Expire(options_.clock->Now());
+      stats = index_->stats();
+    }
+  }
+  response->set_slots_total(stats.slots_total);
+  response->set_slots_stored(stats.slots_stored);
+  response->set_slots_reserved(stats.slots_reserved);
+  response->set_slots_quarantined(stats.slots_quarantined);
+  response->set_pages_leased(stats.pages_leased);
+  response->set_leases(stats.leases);
+  response->set_keys_looked_up(stats.keys_looked_up);
+  response->set_keys_found(stats.keys_found);
+  response->set_pages_committed(stats.pages_committed);
+  response->set_pages_evicted(stats.pages_evicted);
+  response->set_leases_expired(stats.leases_expired);
+  response->set_reservations_refused(stats.reservations_refused);
+  return Finish(context, absl::OkStatus());
+}
+
+grpc::ServerUnaryReactor* KvStoreServiceImpl::Drain(grpc::CallbackServerContext* context,
+                                                    const v1::DrainRequest* request,
+                                                    v1::DrainResponse* response) {
+  {
+    absl::MutexLock lock(&mu_);
+    draining_ = true;
+    if (index_ != nullptr) {
+      index_->Expire(options_.clock->Now());
+      response->set_leases(index_->stats().leases);
+    }
+  }
+  return Finish(context, absl::OkStatus());
+}
+
+void KvStoreServiceImpl::ExpireLeases() {
+  absl::MutexLock lock(&mu_);
+  if (index_ != nullptr) index_->Expire(options_.clock->Now());
+}
+
+absl::Status KvStoreServiceImpl::CheckIntegrity() const {
+  absl::MutexLock lock(&mu_);
+  if (index_ == nullptr) return absl::OkStatus();
+  return index_->CheckIntegrity();
+}
+
+}  // namespace nosara::kvstore

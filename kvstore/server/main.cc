@@ -1,0 +1,171 @@
+// nosara-kvstore: one KV store node. Turns flags into options; everything else is KvStoreServer.
+#include <pthread.h>
+#include <signal.h>
+
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <limits>
+#include <string>
+
+#include "absl/flags/flag.h"
+#include "absl/flags/marshalling.h"
+#include "absl/flags/parse.h"
+#include "absl/flags/usage.h"
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "base/log.h"
+#include "kvstore/server/kvstore_server.h"
+
+namespace {
+
+/// A number of bytes as people write it: "2GiB", "512MiB", "1073741824".
+struct ByteSize {
+  uint64_t bytes = 0;
+};
+
+bool AbslParseFlag(absl::string_view text, ByteSize* size, std::string* error) {
+  struct Unit {
+    const char* name;
+    double factor;
+  };
+  static constexpr Unit kUnits[] = {{"TiB", 0x1p40}, {"GiB", 0x1p30}, {"MiB", 0x1p20},
+                                    {"KiB", 0x1p10}, {"TB", 1e12},    {"GB", 1e9},
+                                    {"MB", 1e6},     {"KB", 1e3},     {"B", 1}};
+  absl::string_view number = absl::StripAsciiWhitespace(text);
+  double factor = 1;
+  for (const Unit& unit : kUnits) {
+    if (absl::EndsWithIgnoreCase(number, unit.name)) {
+      factor = unit.factor;
+      number.remove_suffix(absl::string_view(unit.name).size());
+      break;
+    }
+  }
+  double value = 0;
+  if (!absl::SimpleAtod(absl::StripAsciiWhitespace(number), &value) || !std::isfinite(value) ||
+      value * factor < 1 || value * factor > 0x1p46) {
+    *error = "must be a size such as 2GiB, 512MiB or 1073741824, from 1B to 64TiB";
+    return false;
+  }
+  size->bytes = static_cast<uint64_t>(value * factor);
+  return true;
+}
+
+std::string AbslUnparseFlag(ByteSize size) {
+  static constexpr const char* kUnits[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  uint64_t value = size.bytes;
+  int unit = 0;
+  while (unit < 4 && value % 1024 == 0 && value > 0) {
+    value /= 1024;
+    ++unit;
+  }
+  return absl::StrCat(value, kUnits[unit]);
+}
+
+/// "on" or "off".
+struct OnOff {
+  bool on = true;
+};
+
+bool AbslParseFlag(absl::string_view text, OnOff* value, std::string* error) {
+  if (text != "on" && text != "off") {
+    *error = "must be on or off";
+    return false;
+  }
+  value->on = text == "on";
+  return true;
+}
+
+std::string AbslUnparseFlag(OnOff value) { return value.on ? "on" : "off"; }
+
+}  // namespace
+
+ABSL_FLAG(std::string, listen, "127.0.0.1:50061",
+          "Address of the control plane, host:port. Port 0 takes a free one (see --port_file).");
+ABSL_FLAG(ByteSize, arena_bytes, ByteSize{uint64_t{1} << 30},
+          "Memory for pages, e.g. 2GiB. Allocated at start. At least one page of the model.");
+ABSL_FLAG(std::string, arena_dir, "/dev/shm",
+          "Folder of the arena's file, in shared memory (or on hugetlbfs).");
+ABSL_FLAG(std::string, node_id, "kvstore", "Name of this node, unique in its cluster.");
+ABSL_FLAG(absl::Duration, lease_ttl, absl::Seconds(30),
+          "How long a lease lives without renewal, 100ms to 24h.");
+ABSL_FLAG(absl::Duration, quarantine, absl::Seconds(60),
+          "How long a slot whose writer has vanished is kept from reuse, 0s to 24h.");
+ABSL_FLAG(OnOff, ucx, OnOff{true},
+          "on: the arena can be read and written through UCX from other hosts. off: only from this "
+          "host, by mapping.");
+ABSL_FLAG(std::string, ucx_tls, "",
+          "UCX transports, e.g. tcp or sm,self,tcp or rc,tcp. Empty: UCX takes the best there is.");
+ABSL_FLAG(std::string, log_level, "info", "debug, info, warning or error.");
+ABSL_FLAG(std::string, port_file, "",
+          "File to write host:port into once the node listens. Empty: none.");
+
+int main(int argc, char** argv) {
+  absl::SetProgramUsageMessage(
+      "Keeps pages of KV cache in shared memory and serves them to nosara workers.\n"
+      "  nosara-kvstore --listen=0.0.0.0:50061 --arena_bytes=16GiB");
+  const std::vector<char*> rest = absl::ParseCommandLine(argc, argv);
+  if (rest.size() > 1) {
+    std::fprintf(stderr, "nosara-kvstore: '%s': takes flags only, see --help\n", rest[1]);
+    return 2;
+  }
+  if (const absl::Status status =
+          nosara::InitLogging("nosara-kvstore", absl::GetFlag(FLAGS_log_level));
+      !status.ok()) {
+    std::fprintf(stderr, "nosara-kvstore: %s\n", std::string(status.message()).c_str());
+    return 2;
+  }
+
+  // Blocked before any thread starts, so that all inherit it and only sigwait() below sees them.
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+
+  using nosara::kvstore::KvStoreServer;
+  using nosara::kvstore::KvStoreServerOptions;
+  KvStoreServerOptions options;
+  options.listen = absl::GetFlag(FLAGS_listen);
+  options.arena_bytes = absl::GetFlag(FLAGS_arena_bytes).bytes;
+  options.arena_folder = absl::GetFlag(FLAGS_arena_dir);
+  options.node_id = absl::GetFlag(FLAGS_node_id);
+  options.lease_ttl = absl::GetFlag(FLAGS_lease_ttl);
+  options.quarantine = absl::GetFlag(FLAGS_quarantine);
+  options.ucx = absl::GetFlag(FLAGS_ucx).on ? KvStoreServerOptions::Ucx::kOn
+                                            : KvStoreServerOptions::Ucx::kOff;
+  options.ucx_tls = absl::GetFlag(FLAGS_ucx_tls);
+  if (options.listen.empty()) {
+    nosara::LogError("--listen is empty: must be host:port");
+    return 2;
+  }
+  const auto server = KvStoreServer::Create(options);
+  if (!server.ok()) {
+    nosara::LogError("cannot start: {}", std::string(server.status().message()));
+    return absl::IsInvalidArgument(server.status()) ? 2 : 1;
+  }
+  if (const std::string file = absl::GetFlag(FLAGS_port_file); !file.empty()) {
+    // Renamed into place, so that a waiting script never reads half an address.
+    const std::string temporary = file + ".tmp";
+    std::ofstream out(temporary);
+    out << (*server)->address() << "\n";
+    out.close();
+    if (!out || std::rename(temporary.c_str(), file.c_str()) != 0) {
+      nosara::LogError("--port_file '{}': cannot write it", file);
+      return 1;
+    }
+  }
+  nosara::LogInfo(
+      "node {} listening on {}, arena of {} at {}, UCX {}", options.node_id, (*server)->address(),
+      AbslUnparseFlag(absl::GetFlag(FLAGS_arena_bytes)), (*server)->arena_path(),
+      absl::GetFlag(FLAGS_ucx).on ? (options.ucx_tls.empty() ? std::string("on") : options.ucx_tls)
+                                  : std::string("off"));
+  int signal = 0;
+  sigwait(&signals, &signal);
+  nosara::LogInfo("signal {}: stopping", signal);
+  (*server)->Stop();
+  return 0;
+}

@@ -1,0 +1,176 @@
+// What a KV store node knows about its slots: keys, generations, leases, eviction order.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "absl/container/btree_set.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "kvstore/api/page_key.h"
+
+namespace nosara::kvstore {
+
+/// Index over the page slots of one arena. Pure bookkeeping: no locks, no clock, no page bytes;
+/// the same calls give the same results. Owned by whoever serialises the calls.
+///
+/// A slot is free, reserved (being written), stored (visible) or quarantined (its reservation was
+/// abandoned: a late writer may still write into it, so it is kept from reuse for a while).
+///
+/// Invariants, checked by CheckIntegrity():
+///  1. each slot is in exactly one state, and the counts of the states add up to num_slots;
+///  2. a key has at most one slot, reserved or stored;
+///  3. a slot's generation grows by one at each reservation: an old reference never matches;
+///  4. a stored page under a live lease is neither evicted nor reused;
+///  5. a stored page is evictable iff it has no lease and no page behind it in the index, so a
+///  chain
+///     goes from its tail; of those the least recently leased goes first.
+class PageIndex final {
+ public:
+  struct Options {
+    uint64_t num_slots = 0;
+    /// Generation of all slots before their first reservation.
+    uint64_t base_generation = 0;
+    absl::Duration lease_ttl = absl::Seconds(30);
+    absl::Duration quarantine = absl::Seconds(60);
+  };
+
+  struct Page {
+    PageKey key;
+    uint64_t slot = 0;
+    uint64_t generation = 0;
+  };
+
+  enum class ReserveState { kReserved, kStored, kBusy };
+  struct ReservedPage {
+    ReserveState state = ReserveState::kBusy;
+    Page page;
+  };
+
+  struct LookupResult {
+    std::vector<Page> pages;
+    uint64_t lease_id = 0;  // 0: no page, no lease
+  };
+  struct ReserveResult {
+    std::vector<ReservedPage> pages;
+    uint64_t lease_id = 0;
+  };
+
+  struct Stats {
+    uint64_t slots_total = 0;
+    uint64_t slots_free = 0;
+    uint64_t slots_stored = 0;
+    uint64_t slots_reserved = 0;
+    uint64_t slots_quarantined = 0;
+    uint64_t pages_leased = 0;
+    uint64_t leases = 0;
+    uint64_t keys_looked_up = 0;
+    uint64_t keys_found = 0;
+    uint64_t pages_committed = 0;
+    uint64_t pages_evicted = 0;
+    uint64_t leases_expired = 0;
+    uint64_t reservations_refused = 0;
+  };
+
+  /// `options.num_slots` is 1 to 2^32 - 1.
+  explicit PageIndex(const Options& options);
+  PageIndex(const PageIndex&) = delete;
+  PageIndex& operator=(const PageIndex&) = delete;
+
+  /// Longest stored prefix of `keys`, leased until now + lease_ttl.
+  LookupResult Lookup(absl::Span<const PageKey> keys, absl::Time now);
+
+  /// Slots for `keys`, consecutive blocks of a chain behind `parent`. Evicts what it must. All
+  /// states are under the one new lease, but for kBusy ones.
+  /// RESOURCE_EXHAUSTED: not enough slots are free or evictable; nothing was reserved, though some
+  /// evictable pages may be gone. INVALID_ARGUMENT: a key occurs twice, or is
+  /// `parent`.
+  absl::StatusOr<ReserveResult> Reserve(absl::Span<const PageKey> keys, const PageKey& parent,
+                                        absl::Time now);
+
+  /// OK when each page is a live reservation of `lease_id` or was committed under it already.
+  /// ABORTED: the lease has ended. NOT_FOUND: no such reservation.
+  absl::Status CheckReservations(uint64_t lease_id, absl::Span<const Page> pages, absl::Time now);
+
+  /// Makes reserved pages visible; they stay leased. All or nothing. Errors: CheckReservations().
+  absl::Status Commit(uint64_t lease_id, absl::Span<const Page> pages, absl::Time now);
+
+  /// Takes one reservation back into quarantine: its writer wrote nonsense. No-op if it is gone.
+  void DropReservation(uint64_t lease_id, const Page& page, absl::Time now);
+
+  /// Extends leases to now + lease_ttl; returns those that do not live.
+  std::vector<uint64_t> Renew(absl::Span<const uint64_t> lease_ids, absl::Time now);
+
+  /// Ends leases. Their uncommitted reservations become free at once: the caller says that nobody
+  /// writes into them any more.
+  void Release(absl::Span<const uint64_t> lease_ids, absl::Time now);
+
+  /// Ends expired leases (their reservations go to quarantine), frees slots whose quarantine is
+  /// over. Every call that takes a time does this first.
+  void Expire(absl::Time now);
+
+  Stats stats() const;
+
+  /// The first broken invariant, as INTERNAL. Linear in the number of slots; for tests.
+  absl::Status CheckIntegrity() const;
+
+ private:
+  using Slot = uint32_t;
+  enum class State : uint8_t { kFree, kReserved, kStored, kQuarantined };
+  struct SlotInfo {
+    PageKey key;
+    PageKey parent;
+    uint64_t generation = 0;
+    uint64_t last_use = 0;  // value of use_counter_ when its last lease ended
+    uint64_t writer = 0;    // lease of the reservation, while reserved
+    uint32_t leases = 0;    // live leases on the stored page
+    State state = State::kFree;
+    bool evictable = false;  // is in evictable_
+  };
+  struct Lease {
+    absl::Time expires;
+    std::vector<Slot> pages;  // stored ones; each counts in SlotInfo::leases
+    // Slots reserved under this lease. Those committed since are in `pages` too; those dropped have
+    // another state, writer or generation.
+    std::vector<Page> reservations;
+  };
+  using LeaseMap = absl::flat_hash_map<uint64_t, Lease>;
+
+  /// Puts the slot into or out of evictable_ as invariant 5 says.
+  void RefreshEvictable(Slot slot);
+  void RefreshEvictable(const PageKey& key);
+  void LeasePage(Slot slot, Lease& lease);
+  void AddChild(const PageKey& parent);
+  void RemoveChild(const PageKey& parent);
+  bool EvictOne();
+  /// Ends a reservation: its slot leaves the index.
+  void Unreserve(Slot slot);
+  void Quarantine(Slot slot, absl::Time now);
+  bool IsReservation(uint64_t lease_id, const Page& page) const;
+  enum class LeaseEnd { kReleased, kExpired };
+  void EndLease(LeaseMap::iterator lease, LeaseEnd end, absl::Time now);
+
+  const Options options_;
+  std::vector<SlotInfo> slots_;
+  std::vector<Slot> free_;  // a stack
+  absl::flat_hash_map<PageKey, Slot> by_key_;
+  /// Number of reserved or stored pages whose parent has this key; no zero entries.
+  absl::flat_hash_map<PageKey, uint32_t> children_;
+  absl::btree_set<std::pair<uint64_t, Slot>> evictable_;  // (last_use, slot)
+  absl::btree_set<std::pair<absl::Time, Slot>> quarantined_;
+  LeaseMap leases_;
+  absl::btree_set<std::pair<absl::Time, uint64_t>> expiries_;
+  uint64_t next_lease_ = 1;
+  uint64_t use_counter_ = 0;
+  uint64_t stored_ = 0;
+  uint64_t reserved_ = 0;
+  uint64_t leased_ = 0;
+  Stats counters_;  // only the counters, not the gauges
+};
+
+}  // namespace nosara::kvstore
