@@ -1,0 +1,100 @@
+#include "kvstore/client/store_connection.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+namespace nosara::kvstore {
+
+StoreConnection::StoreConnection(Options options)
+    : options_(std::move(options)), control_(options_.address, options_.channel) {}
+
+void StoreConnection::WhenReady(Ready ready) {
+  Session session;
+  {
+    absl::MutexLock lock(&mu_);
+    if (state_ != State::kReady) {
+      waiting_.push_back(std::move(ready));
+      if (state_ == State::kConnecting) return;
+      state_ = State::kConnecting;
+    }
+    session = session_;
+  }
+  if (ready) {
+    std::move(ready)(session);
+    return;
+  }
+  control_.GetInfo({},
+                   [this](absl::StatusOr<v1::GetInfoResponse> info) { OnInfo(std::move(info)); });
+}
+
+void StoreConnection::OnInfo(absl::StatusOr<v1::GetInfoResponse> info) {
+  if (!info.ok()) {
+    Finish(info.status());
+    return;
+  }
+  ArenaAddress arena;
+  arena.name = absl::StrCat(info->node_id(), " at ", options_.address);
+  arena.epoch = info->epoch();
+  arena.arena_bytes = info->arena_bytes();
+  arena.host_id = info->host_id();
+  arena.arena_path = info->arena_path();
+  arena.ucx_address = info->ucx_address();
+  arena.ucx_rkey = info->ucx_rkey();
+  arena.remote_address = info->remote_address();
+  if (options_.in_process_arena.size() == info->arena_bytes()) {
+    arena.in_process = options_.in_process_arena.data();
+  }
+  Session session;
+  session.epoch = info->epoch();
+  session.lease_ttl = absl::Milliseconds(info->lease_ttl_ms());
+  if (options_.on_epoch) options_.on_epoch(session.epoch);
+  options_.transfer_thread->Connect(options_.store, std::move(arena),
+                                    [this, session](absl::StatusOr<Path> path) mutable {
+                                      if (!path.ok()) {
+                                        Finish(path.status());
+                                        return;
+                                      }
+                                      session.path = *path;
+                                      Finish(session);
+                                    });
+}
+
+void StoreConnection::Finish(absl::StatusOr<Session> session) {
+  std::vector<Ready> waiting;
+  {
+    absl::MutexLock lock(&mu_);
+    state_ = session.ok() ? State::kReady : State::kDisconnected;
+    if (session.ok()) session_ = *session;
+    waiting.swap(waiting_);
+  }
+  for (Ready& ready : waiting) std::move(ready)(session);
+}
+
+void StoreConnection::Doubt(uint64_t epoch) {
+  absl::MutexLock lock(&mu_);
+  // A late error of an earlier incarnation says nothing about this one.
+  if (state_ == State::kReady && session_.epoch == epoch) state_ = State::kDisconnected;
+}
+
+void StoreConnection::DataPathBroken() {
+  absl::MutexLock lock(&mu_);
+  if (state_ == State::kReady) state_ = State::kDisconnected;
+}
+
+absl::Duration StoreConnection::lease_ttl() const {
+  absl::MutexLock lock(&mu_);
+  return session_.lease_ttl;
+}
+
+Path StoreConnection::path() const {
+  absl::MutexLock lock(&mu_);
+  return session_.path;
+}
+
+bool StoreConnection::connected() const {
+  absl::MutexLock lock(&mu_);
+  return state_ == State::kReady;
+}
+
+}  // namespace nosara::kvstore

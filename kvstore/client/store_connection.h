@@ -1,0 +1,76 @@
+// A client's connection to one store: which incarnation it talks to, and reconnecting.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/functional/any_invocable.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "kvstore/client/control_client.h"
+#include "kvstore/client/transfer_thread.h"
+
+namespace nosara::kvstore {
+
+/// Thread-safe. States: disconnected -> connecting (GetInfo, then the data path) -> ready; an error
+/// of a call or of the data path leads back to disconnected, the next WhenReady() connects again.
+class StoreConnection final {
+ public:
+  /// What a ready connection is good for.
+  struct Session {
+    uint64_t epoch = 0;
+    absl::Duration lease_ttl = absl::InfiniteDuration();
+    Path path = Path::kMapped;
+  };
+  using Ready = absl::AnyInvocable<void(absl::StatusOr<Session>) &&>;
+
+  struct Options {
+    size_t store = 0;
+    std::string address;
+    std::shared_ptr<grpc::Channel> channel;
+    absl::Span<std::byte> in_process_arena;
+    TransferThread* transfer_thread = nullptr;
+    /// The store runs as this incarnation: leases of others are lost.
+    std::function<void(uint64_t epoch)> on_epoch;
+  };
+
+  explicit StoreConnection(Options options);
+
+  /// Calls `ready` when connected (inside the call if it is already), or with the error of the
+  /// attempt under way (never inside the call).
+  void WhenReady(Ready ready);
+
+  /// A call or transfer of incarnation `epoch` failed so that the connection is in doubt.
+  void Doubt(uint64_t epoch);
+  /// The data path failed.
+  void DataPathBroken();
+
+  bool connected() const;
+  /// Of the last session; infinite before the first.
+  absl::Duration lease_ttl() const;
+  /// Of the last session; kMapped before the first.
+  Path path() const;
+  ControlClient& control() { return control_; }
+  const std::string& address() const { return options_.address; }
+
+ private:
+  enum class State { kDisconnected, kConnecting, kReady };
+  void OnInfo(absl::StatusOr<v1::GetInfoResponse> info);
+  void Finish(absl::StatusOr<Session> session);
+
+  const Options options_;
+  ControlClient control_;
+
+  mutable absl::Mutex mu_;
+  State state_ ABSL_GUARDED_BY(mu_) = State::kDisconnected;
+  Session session_ ABSL_GUARDED_BY(mu_);
+  std::vector<Ready> waiting_ ABSL_GUARDED_BY(mu_);
+};
+
+}  // namespace nosara::kvstore
