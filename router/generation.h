@@ -28,6 +28,8 @@
 namespace nosara::router {
 
 /// What all requests of a router share, and keep alive until the last one is gone. Thread-safe.
+/// Its owner shuts the pool down and stops the membership before it lets go: the last request may
+/// end on one of their threads.
 struct RouterCore {
   std::unique_ptr<const ModelRegistry> models;
   std::unique_ptr<Membership> membership;

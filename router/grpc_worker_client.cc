@@ -19,8 +19,11 @@ constexpr char kWorkerMetadata[] = "nosara-worker";
 absl::Status ToStatus(const grpc::Status& status, const grpc::ClientContext& context) {
   if (status.ok()) return absl::OkStatus();
   const auto& trailer = context.GetServerTrailingMetadata();
-  if (status.error_code() == grpc::StatusCode::UNAVAILABLE &&
-      trailer.find(kWorkerMetadata) == trailer.end()) {
+  // Neither is a worker's own word without its metadata: the connection broke, or the worker's
+  // server went down under the call.
+  const bool broken = status.error_code() == grpc::StatusCode::UNAVAILABLE ||
+                      status.error_code() == grpc::StatusCode::CANCELLED;
+  if (broken && trailer.find(kWorkerMetadata) == trailer.end()) {
     return WorkerLostStatus(status.error_message());
   }
   absl::Status result(static_cast<absl::StatusCode>(status.error_code()), status.error_message());

@@ -35,6 +35,9 @@ ABSL_FLAG(absl::Duration, drain_timeout, absl::Seconds(30),
           "how long running streams may go on after SIGTERM or SIGINT");
 ABSL_FLAG(absl::Duration, poll_interval, absl::Milliseconds(500),
           "how often workers are asked for their load; 10ms or more");
+ABSL_FLAG(absl::Duration, await_workers, absl::Seconds(5),
+          "how long to wait at the start for all workers, before port_file is written; the router "
+          "starts without those that are late");
 ABSL_FLAG(int32_t, max_open_requests, 4096,
           "generations at a time, 1 or more; further ones are told to retry later");
 ABSL_FLAG(int32_t, text_threads, 2, "threads that tokenize prompts, 1 or more");
@@ -74,6 +77,10 @@ absl::Status Run() {
   ASSIGN_OR_RETURN(const auto server, RouterServer::Create(options));
   LogInfo("listening on {}, models {}, workers {}", server->address(),
           absl::StrJoin(options.models, ","), absl::StrJoin(options.worker_addresses, ","));
+  const absl::Duration patience = absl::GetFlag(FLAGS_await_workers);
+  if (!server->AwaitWorkers(static_cast<int>(options.worker_addresses.size()), patience)) {
+    LogWarning("not all workers answered within {}", absl::FormatDuration(patience));
+  }
   if (const std::string path = absl::GetFlag(FLAGS_port_file); !path.empty()) {
     RETURN_IF_ERROR(WritePortFile(path, server->address()));
   }
