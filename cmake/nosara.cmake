@@ -2,6 +2,7 @@
 
 add_library(nosara_flags INTERFACE)
 target_include_directories(nosara_flags INTERFACE ${CMAKE_SOURCE_DIR})
+target_compile_definitions(nosara_flags INTERFACE NOSARA_VERSION="${PROJECT_VERSION}")
 target_compile_options(nosara_flags INTERFACE
   -Wall -Wextra -Werror -Wno-unused-parameter -Wno-missing-field-initializers
   -fno-math-errno -fno-trapping-math -march=${NOSARA_CPU})

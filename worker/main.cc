@@ -1,0 +1,132 @@
+// nosara-worker: one loaded model, serving nosara.worker.v1.
+#include <cstdint>
+#include <iostream>
+#include <string>
+#include <vector>
+
+#include "absl/flags/flag.h"
+#include "absl/flags/parse.h"
+#include "absl/flags/usage.h"
+#include "absl/flags/usage_config.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/time/time.h"
+#include "base/log.h"
+#include "base/process.h"
+#include "base/status_macros.h"
+#include "worker/worker_server.h"
+
+ABSL_FLAG(std::string, listen, "127.0.0.1:50060", "host:port to listen on; port 0: any free one");
+ABSL_FLAG(std::string, model_dir, "", "folder of the checkpoint: config.json, *.safetensors");
+ABSL_FLAG(std::string, model_name, "", "name that requests ask for");
+ABSL_FLAG(std::string, worker_id, "", "name of this worker in its cluster; empty: its address");
+ABSL_FLAG(std::vector<std::string>, stores, {}, "KV store nodes, host:port, separated by commas");
+ABSL_FLAG(std::string, store_path, "auto",
+          "how bytes travel between worker and store: auto, mapped (shared memory of this machine) "
+          "or ucx");
+ABSL_FLAG(std::string, ucx_tls, "",
+          "UCX transports in UCX's notation, e.g. tcp or sm,self,tcp; empty: UCX chooses");
+ABSL_FLAG(std::string, attention, "nosa",
+          "attention policy: nosa, infllmv2 (query-aware selection alone) or full");
+ABSL_FLAG(int32_t, slots_per_head, 0,
+          "blocks of a sequence that stay on the worker, per layer and KV head: 0 all of them, -1 "
+          "the fewest that the model allows (topk_blocks), or a number from there up");
+ABSL_FLAG(int64_t, cache_mib, 4096, "memory for all sequences' working caches, MiB, 1 or more");
+ABSL_FLAG(int32_t, threads, 2, "compute threads, 1 to 1024");
+ABSL_FLAG(int32_t, prefill_chunk_tokens, 256, "longest prefill chunk of one sequence, tokens");
+ABSL_FLAG(int32_t, step_tokens, 512, "most tokens of one step, all sequences together");
+ABSL_FLAG(int32_t, max_running, 64, "sequences in progress at a time, 1 or more");
+ABSL_FLAG(int32_t, max_queued, 1024, "requests that may wait, 1 or more; further ones are refused");
+ABSL_FLAG(absl::Duration, store_patience, absl::Seconds(10),
+          "how long a sequence may wait for the store to take its blocks before it fails");
+ABSL_FLAG(absl::Duration, drain_timeout, absl::Seconds(30),
+          "how long running requests may go on after SIGTERM or SIGINT");
+ABSL_FLAG(std::string, log_level, "info", "debug, info, warning or error");
+ABSL_FLAG(std::string, port_file, "",
+          "file that host:port is written to once the worker listens; empty: none");
+
+namespace nosara::worker {
+namespace {
+
+absl::StatusOr<kvstore::DataPath> ParseDataPath(const std::string& name) {
+  if (name == "auto") return kvstore::DataPath::kAuto;
+  if (name == "mapped") return kvstore::DataPath::kMapped;
+  if (name == "ucx") return kvstore::DataPath::kUcx;
+  return absl::InvalidArgumentError(
+      absl::StrCat("store_path = '", name, "': must be auto, mapped or ucx"));
+}
+
+absl::StatusOr<AttentionPolicy> ParsePolicy(const std::string& name) {
+  if (name == "nosa") return AttentionPolicy::kNosa;
+  if (name == "infllmv2") return AttentionPolicy::kInfLlmV2;
+  if (name == "full") return AttentionPolicy::kFull;
+  return absl::InvalidArgumentError(
+      absl::StrCat("attention = '", name, "': must be nosa, infllmv2 or full"));
+}
+
+absl::Status Run() {
+  RETURN_IF_ERROR(InitLogging("nosara-worker", absl::GetFlag(FLAGS_log_level)));
+  StopSignal stop;
+  WorkerServerOptions options;
+  options.listen = absl::GetFlag(FLAGS_listen);
+  options.model_dir = absl::GetFlag(FLAGS_model_dir);
+  options.model_name = absl::GetFlag(FLAGS_model_name);
+  options.worker_id = absl::GetFlag(FLAGS_worker_id);
+  if (options.worker_id.empty()) options.worker_id = options.listen;
+  for (const std::string& address : absl::GetFlag(FLAGS_stores)) {
+    kvstore::StoreEndpoint store;
+    store.address = address;
+    options.stores.push_back(store);
+  }
+  ASSIGN_OR_RETURN(options.store_path, ParseDataPath(absl::GetFlag(FLAGS_store_path)));
+  options.ucx_tls = absl::GetFlag(FLAGS_ucx_tls);
+  ASSIGN_OR_RETURN(options.backend.policy, ParsePolicy(absl::GetFlag(FLAGS_attention)));
+  options.backend.threads = absl::GetFlag(FLAGS_threads);
+  options.backend.slots_per_head = absl::GetFlag(FLAGS_slots_per_head);
+  options.backend.cache_bytes = absl::GetFlag(FLAGS_cache_mib) << 20;
+  options.engine.limits.chunk_tokens = absl::GetFlag(FLAGS_prefill_chunk_tokens);
+  options.engine.limits.step_tokens = absl::GetFlag(FLAGS_step_tokens);
+  options.engine.max_running = absl::GetFlag(FLAGS_max_running);
+  options.engine.max_queued = absl::GetFlag(FLAGS_max_queued);
+  options.engine.store_patience = absl::GetFlag(FLAGS_store_patience);
+  const std::string stores = absl::StrJoin(absl::GetFlag(FLAGS_stores), ",");
+  ASSIGN_OR_RETURN(const auto server, WorkerServer::Create(std::move(options)));
+  LogInfo("{}, stores {}", server->Describe(), stores);
+  LogInfo("listening on {}", server->address());
+  RETURN_IF_ERROR(WritePortFile(absl::GetFlag(FLAGS_port_file), server->address()));
+
+  const std::string signal = stop.Wait();
+  const absl::Duration drain_timeout = absl::GetFlag(FLAGS_drain_timeout);
+  LogInfo("{}: draining for at most {}; once more to stop at once", signal,
+          absl::FormatDuration(drain_timeout));
+  server->Shutdown(drain_timeout);
+  LogInfo("stopped");
+  return absl::OkStatus();
+}
+
+}  // namespace
+}  // namespace nosara::worker
+
+int main(int argc, char** argv) {
+  absl::SetProgramUsageMessage(
+      "The worker: loads a model, runs requests that a router sends, keeps their KV cache in the\n"
+      "KV stores.\n"
+      "  nosara-worker --model_dir=models/nosa-tiny --model_name=nosa-tiny "
+      "--stores=127.0.0.1:50070\n"
+      "Exit codes: 0 stopped by a signal, 1 could not start.");
+  absl::FlagsUsageConfig usage;
+  usage.version_string = [] { return "nosara-worker " NOSARA_VERSION "\n"; };
+  usage.contains_help_flags = [](absl::string_view file) {
+    return absl::StrContains(file, "worker/main.cc");
+  };
+  absl::SetFlagsUsageConfig(usage);
+  const std::vector<char*> rest = absl::ParseCommandLine(argc, argv);
+  const absl::Status status =
+      rest.size() > 1 ? absl::InvalidArgumentError(absl::StrCat("unknown argument '", rest[1],
+                                                                "'; flags begin with --"))
+                      : nosara::worker::Run();
+  if (status.ok()) return 0;
+  std::cerr << "nosara-worker: " << status.message() << "\n";
+  return 1;
+}

@@ -1,0 +1,121 @@
+#include "worker/worker_server.h"
+
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/impl/service_type.h>
+
+#include <mutex>
+#include <random>
+
+#include "absl/strings/str_cat.h"
+#include "base/log.h"
+#include "base/status_macros.h"
+#include "worker/worker_service.h"
+
+namespace nosara::worker {
+namespace {
+
+/// Longest prompt and output as ids, with room.
+constexpr int kMaxMessageBytes = 64 << 20;
+
+}  // namespace
+
+absl::Status WorkerServerOptions::Validate() const {
+  if (model_dir.empty()) {
+    return absl::InvalidArgumentError("model_dir: none given; must be a folder with config.json");
+  }
+  if (model_name.empty()) {
+    return absl::InvalidArgumentError("model_name: empty; must be the name that requests ask for");
+  }
+  if (worker_id.empty()) return absl::InvalidArgumentError("worker_id: must not be empty");
+  if (stores.empty()) {
+    return absl::InvalidArgumentError("stores: none given; at least one host:port is needed");
+  }
+  return engine.Validate();
+}
+
+absl::StatusOr<std::unique_ptr<WorkerServer>> WorkerServer::Create(WorkerServerOptions options) {
+  RETURN_IF_ERROR(options.Validate());
+  std::unique_ptr<WorkerServer> server(new WorkerServer);
+  RETURN_IF_ERROR(server->Start(std::move(options)));
+  return server;
+}
+
+absl::Status WorkerServer::Start(WorkerServerOptions options) {
+  ASSIGN_OR_RETURN(checkpoint_, Checkpoint::Open(options.model_dir));
+  if (options.backend.slots_per_head == -1) {
+    options.backend.slots_per_head = checkpoint_->config().nosa.topk_blocks;
+  }
+  options_ = std::move(options);
+  ASSIGN_OR_RETURN(const kvstore::PageLayout layout, CpuBackend::LayoutFor(checkpoint_->config()));
+  kvstore::GrpcStoreClientOptions store(layout);
+  store.stores = options_.stores;
+  store.data_path = options_.store_path;
+  store.ucx_tls = options_.ucx_tls;
+  ASSIGN_OR_RETURN(store_, kvstore::GrpcStoreClient::Create(std::move(store)));
+  ASSIGN_OR_RETURN(auto backend,
+                   CpuBackend::Create(checkpoint_, store_.get(), options_.backend));
+  ASSIGN_OR_RETURN(engine_, Engine::Create(std::move(backend), store_.get(), Clock::Real(),
+                                           options_.engine));
+
+  // Both are switches of the whole process, for the servers built after them.
+  static std::once_flag once;
+  std::call_once(once, [] {
+    grpc::EnableDefaultHealthCheckService(true);
+    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  });
+  WorkerIdentity identity;
+  identity.worker_id = options_.worker_id;
+  identity.model = options_.model_name;
+  std::random_device random;
+  identity.epoch = (uint64_t{random()} << 32 | random()) | 1;
+  service_ = MakeWorkerService(engine_.get(), std::move(identity));
+  grpc::ServerBuilder builder;
+  int port = 0;
+  if (!options_.listen.empty()) {
+    builder.AddListeningPort(options_.listen, grpc::InsecureServerCredentials(), &port);
+  }
+  builder.RegisterService(service_.get());
+  builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  server_ = builder.BuildAndStart();
+  if (server_ == nullptr || (!options_.listen.empty() && port == 0)) {
+    return absl::UnavailableError(absl::StrCat("listen: cannot listen on '", options_.listen,
+                                               "'; is the port in use, the host local?"));
+  }
+  if (port != 0) {
+    address_ = absl::StrCat(options_.listen.substr(0, options_.listen.rfind(':')), ":", port);
+  }
+  return absl::OkStatus();
+}
+
+WorkerServer::~WorkerServer() { Shutdown(absl::ZeroDuration()); }
+
+std::shared_ptr<grpc::Channel> WorkerServer::InProcessChannel() {
+  return server_->InProcessChannel(grpc::ChannelArguments());
+}
+
+std::string WorkerServer::Describe() const {
+  const ModelConfig& config = checkpoint_->config();
+  const int slots = options_.backend.slots_per_head;
+  return absl::StrCat(
+      "model ", options_.model_name, " (", checkpoint_->weight_bytes() >> 20, " MiB ",
+      DTypeName(config.dtype), ", context ", config.max_position_embeddings, "), CPU backend with ",
+      options_.backend.threads, " threads, ",
+      slots == 0 ? std::string("all blocks resident")
+                 : absl::StrCat(slots, " slots per layer and KV head"));
+}
+
+void WorkerServer::Shutdown(absl::Duration drain_timeout) {
+  if (server_ == nullptr) return;
+  engine_->Drain();
+  // Refuses new streams at once, cancels what still runs when the time is up.
+  server_->Shutdown(absl::ToChronoTime(absl::Now() + drain_timeout));
+  server_->Wait();
+  engine_->Stop();
+  store_->Close();
+  server_ = nullptr;
+}
+
+}  // namespace nosara::worker

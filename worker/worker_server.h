@@ -1,0 +1,85 @@
+// A whole worker: model, backend, engine, store client, gRPC server. What nosara-worker runs, and
+// what a process that serves everything embeds.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "kvstore/client/grpc_store_client.h"
+#include "worker/backend/cpu/cpu_backend.h"
+#include "worker/engine/engine.h"
+
+namespace grpc {
+class Channel;
+class Server;
+class Service;
+}  // namespace grpc
+
+namespace nosara::worker {
+
+struct WorkerServerOptions {
+  /// Address to listen on, "host:port"; port 0 takes a free one. Empty: no socket, only
+  /// InProcessChannel().
+  std::string listen = "127.0.0.1:0";
+  /// Folder of the checkpoint.
+  std::string model_dir;
+  /// Name that requests ask for.
+  std::string model_name;
+  /// Name of this worker, unique in its cluster.
+  std::string worker_id = "worker";
+  /// The KV store nodes; at least one.
+  std::vector<kvstore::StoreEndpoint> stores;
+  kvstore::DataPath store_path = kvstore::DataPath::kAuto;
+  /// UCX transports, in UCX's notation; empty: UCX chooses.
+  std::string ucx_tls;
+  /// slots_per_head -1: the fewest that the model allows.
+  CpuBackendOptions backend;
+  EngineOptions engine;
+
+  absl::Status Validate() const;
+};
+
+/// Thread-safe. Runs from Create() until Shutdown() or destruction.
+class WorkerServer final {
+ public:
+  /// Errors: those of Validate() and Checkpoint::Open; UNAVAILABLE when it cannot listen. Stores
+  /// may start later.
+  static absl::StatusOr<std::unique_ptr<WorkerServer>> Create(WorkerServerOptions options);
+  WorkerServer(const WorkerServer&) = delete;
+  WorkerServer& operator=(const WorkerServer&) = delete;
+  ~WorkerServer();
+
+  /// "host:port" with the real port; empty without a socket.
+  const std::string& address() const { return address_; }
+  /// For clients in this process. Not after Shutdown().
+  std::shared_ptr<grpc::Channel> InProcessChannel();
+
+  const Engine& engine() const { return *engine_; }
+  kvstore::ClientStats store_stats() const { return store_->stats(); }
+  /// One line: model, backend, slots, stores.
+  std::string Describe() const;
+
+  /// Refuses new requests, lets running ones go on for at most `drain_timeout`, then fails them
+  /// with UNAVAILABLE. Idempotent.
+  void Shutdown(absl::Duration drain_timeout);
+
+ private:
+  WorkerServer() = default;
+  absl::Status Start(WorkerServerOptions options);
+
+  WorkerServerOptions options_;
+  std::string address_;
+  std::shared_ptr<const Checkpoint> checkpoint_;
+  // Destroyed in the reverse order: the engine and its backend use the store client.
+  std::unique_ptr<kvstore::GrpcStoreClient> store_;
+  std::unique_ptr<Engine> engine_;
+  std::unique_ptr<grpc::Service> service_;
+  std::unique_ptr<grpc::Server> server_;
+};
+
+}  // namespace nosara::worker
