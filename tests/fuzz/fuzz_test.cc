@@ -18,7 +18,7 @@ namespace {
 using nosara::testing::SafetensorsFileBytes;
 using nosara::testing::TestTensor;
 
-constexpr int kRounds = 20000;
+constexpr int kRounds = 60000;
 
 /// One input of the corpus, changed in a few places: bits, bytes, numbers, cuts, copies, and words
 /// that a format gives a meaning to.

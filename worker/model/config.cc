@@ -23,6 +23,8 @@ using nlohmann::json;
 // attention and through a class SparseLlamaForCausalLM for sparse attention (thunlp/NOSA,
 // benchmarks/Efficiency); both have the tensors of a Llama plus the eviction head.
 constexpr absl::string_view kArchitectures[] = {"LlamaForCausalLM", "SparseLlamaForCausalLM"};
+constexpr absl::string_view kAllowedArchitectures =
+    "one of LlamaForCausalLM, SparseLlamaForCausalLM";
 
 // Bounds far above any model of this family. They keep products of sizes within 64 bits, and a
 // nonsensical file from asking for terabytes.
@@ -116,17 +118,17 @@ class Fields final {
 };
 
 absl::Status ReadArchitecture(const Fields& fields, ModelConfig* config) {
-  const std::string allowed = absl::StrCat("one of ", absl::StrJoin(kArchitectures, ", "));
   const json* value = fields.Find("architectures");
   if (value == nullptr) return fields.Missing("architectures");
   if (!value->is_array() || value->size() != 1) {
-    return fields.Refuse("architectures", *value, absl::StrCat("an array with ", allowed));
+    return fields.Refuse("architectures", *value,
+                         absl::StrCat("an array with ", kAllowedArchitectures));
   }
   const json& name = (*value)[0];
   const bool known =
       name.is_string() && std::find(std::begin(kArchitectures), std::end(kArchitectures),
                                     name.get_ref<const std::string&>()) != std::end(kArchitectures);
-  if (!known) return fields.Refuse("architectures[0]", name, allowed);
+  if (!known) return fields.Refuse("architectures[0]", name, kAllowedArchitectures);
   config->architecture = name.get<std::string>();
   return absl::OkStatus();
 }
