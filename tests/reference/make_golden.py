@@ -32,6 +32,11 @@ _LLAMA_LENGTHS = [1, 33, 64, 65, 1000, 4096, 4097, 6100]
 _BIAS_LENGTHS = [1, 33, 65, 300]
 _GREEDY_LENGTHS = [33, 63, 511, 1000, 6100]
 _TINY_VOCAB = 416
+# A real model (--model): policy -> prompt lengths; each is also continued greedily.
+_MODEL_RUNS = {"nosa": [1, 63, 64, 65, 1000, 4500, 6100], "infllmv2": [65, 4500],
+               "full": [65, 4500]}
+_MODEL_GREEDY_TOKENS = 64
+_TOP_LOGITS = 32
 # Seeds of the prompts (else the length): with these three, the 40 greedy tokens under policy nosa
 # are varied and no step is a close call for tiny-bf16 (best logit ahead by more than 0.09).
 _PROMPT_SEEDS = {33: 2830033, 63: 690063, 511: 280511}
@@ -100,8 +105,9 @@ def dump_json(path, value):
     """Readable JSON: one line per list of plain values or small object."""
     def render(item, depth):
         flat = json.dumps(item, separators=(", ", ": "))
+        children = item.values() if isinstance(item, dict) else item
         nested = isinstance(item, (dict, list)) and any(
-            isinstance(x, (dict, list)) for x in (item.values() if isinstance(item, dict) else item))
+            isinstance(x, (dict, list)) for x in children)
         small = not nested or (isinstance(item, dict) and depth > 1 and len(flat) < 400)
         if small or depth > 5:
             return flat
@@ -278,14 +284,69 @@ def make_tiny(testdata, out):
               f"{time.time() - began:.0f} s", flush=True)
 
 
+def model_prompts(directory, vocab):
+    """Prompts cut from the model's story.txt if it is there, BOS first; else a seeded walk."""
+    lengths = sorted({n for lengths in _MODEL_RUNS.values() for n in lengths})
+    story = os.path.join(directory, "story.txt")
+    if not os.path.exists(story):
+        return "seeded walk", {f"len-{n}": topic_walk(n, vocab, seed=n) for n in lengths}
+    import sentencepiece  # only here: the tiny models have no text
+    pieces = sentencepiece.SentencePieceProcessor(
+        model_file=os.path.join(directory, "tokenizer.model"))
+    with open(story, encoding="utf-8") as file:
+        ids = pieces.encode(file.read())
+    while len(ids) < lengths[-1]:
+        ids = ids + ids
+    return "story.txt", {f"len-{n}": [pieces.bos_id()] + ids[:n - 1] for n in lengths}
+
+
+def top_logits(logits):
+    """The best ids and their logits, best first; equal logits in order of their ids."""
+    order = np.argsort(-logits, kind="stable")[:_TOP_LOGITS]
+    return {"ids": order.tolist(), "logits": [_number(x) for x in logits[order]]}
+
+
+def make_model(directory, out):
+    """Goldens of a real model, JSON only: its vocabulary is too large to keep all logits."""
+    name = os.path.basename(os.path.abspath(directory))
+    model = ref.Model.load(directory)
+    source, prompts = model_prompts(directory, model.config.vocab)
+    dump_json(os.path.join(out, f"{name}-prompts.json"), prompts)
+    digest = fingerprint(directory)
+    for kind, lengths in _MODEL_RUNS.items():
+        policy = ref.make_policy(kind, model)
+        cases = []
+        for ids in (prompts[f"len-{n}"] for n in lengths):
+            began = time.time()
+            trace = ref.Trace(recorded_positions(len(ids)))
+            cache, logits = ref.prefill(model, ids, policy, trace=trace)
+            steps = ref.Trace(range(len(ids), len(ids) + _MODEL_GREEDY_TOKENS - 1, 16))
+            tokens, gaps, _ = ref.greedy(model, policy, cache, logits, _MODEL_GREEDY_TOKENS, steps)
+            case = {"prompt": f"len-{len(ids)}", "tokens": len(ids), "top": top_logits(logits),
+                    "greedy": tokens, "gaps": [_number(g) for g in gaps],
+                    "smallest_gap": _number(min(gaps))}
+            if kind != "full":
+                case["selections"] = selections_json({**trace.found, **steps.found})
+            cases.append(case)
+            print(f"{name}.{kind}: {len(ids)} tokens, smallest gap {case['smallest_gap']}, "
+                  f"{time.time() - began:.0f} s", flush=True)
+        dump_json(os.path.join(out, f"{name}.{kind}.json"), {
+            "model": name, "model_sha256": digest, "policy": kind, "bias": policy.bias,
+            "prompts": f"{name}-prompts.json", "prompt_source": source, "cases": cases})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--testdata", default=_TESTDATA, help="folder with the tiny checkpoints")
     parser.add_argument("--out", default=os.path.join(_TESTDATA, "golden"))
+    parser.add_argument("--model", help="a checkpoint folder: write the goldens of this model")
     args = parser.parse_args()
     os.makedirs(args.out, exist_ok=True)
-    make_tiny(args.testdata, args.out)
+    if args.model:
+        make_model(args.model, args.out)
+    else:
+        make_tiny(args.testdata, args.out)
     size = sum(os.path.getsize(os.path.join(args.out, f)) for f in os.listdir(args.out))
     print(f"{args.out}: {size / 1e6:.2f} MB")
 

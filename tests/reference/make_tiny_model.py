@@ -69,7 +69,8 @@ def random_tensors(config, dtype, eviction_head, seed):
         return 1.0 + 0.1 * rng.standard_normal(size)
 
     # Small embeddings: the layers, not the last token itself, decide the next one.
-    tensors = {"model.embed_tokens.weight": rng.standard_normal((config["vocab_size"], hidden)) * .3}
+    embeddings = rng.standard_normal((config["vocab_size"], hidden)) * 0.3
+    tensors = {"model.embed_tokens.weight": embeddings}
     for i in range(config["num_hidden_layers"]):
         p = f"model.layers.{i}."
         tensors[p + "self_attn.q_proj.weight"] = matrix(query, hidden, 2.2)

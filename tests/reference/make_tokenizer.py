@@ -23,12 +23,14 @@ The lighthouse keeper counted the waves and wrote the number down in a small gre
 He had done so every evening since the storm, and nobody had ever asked him why.
 In the morning the fishing boats came back with empty nets, and the men stood on the quay, talking.
 "The sea is tired," said the oldest of them, "and it is waiting for something that we cannot see."
-A girl with a red scarf asked what the sea could be waiting for, and the men laughed at the question.
+A girl with a red scarf asked what the sea could be waiting for, \
+and the men laughed at the question.
 She went up to the lighthouse, 112 steps, and she found the keeper asleep over his numbers.
 There were 4096 lines in the book; each of them held a date, a time, and the height of the water.
 She turned the pages slowly. The numbers rose and fell, rose and fell, like somebody breathing.
 "It is not waiting," she said when the keeper opened his eyes. "It is sleeping, and it dreams."
-They listened together. Under the wind there was a sound, low and even, that neither had heard before.
+They listened together. Under the wind there was a sound, low and even, \
+that neither had heard before.
 When the winter was over the water was warm, the nets were heavy, and the book was full.
 The keeper gave it to the girl, who took it home, and she began to read it to the whole village.
 What is written down can wait; what is remembered has to be told again and again.
@@ -50,20 +52,25 @@ _TEXTS = [
     "\nThe sea", "line one\r\nline two\r\n", "1234567890", "3.14159, -2.5e-8", "UPPER lower MiXeD",
     "for (int i = 0; i < 10; ++i) {\n\treturn i;\n}\n",
     "caf\u00e9 na\u00efve \u00fcber \u00df", "cafe\u0301 (combining accent)",
-    "\u4f60\u597d\uff0c\u4e16\u754c\u3002", "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0", "\ud55c\uad6d\uc5b4",
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002", "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0",
+    "\ud55c\uad6d\uc5b4",
     "\u0420\u0443\u0441\u0441\u043a\u0438\u0439 \u0442\u0435\u043a\u0441\u0442",
     "\u0627\u0644\u0639\u0631\u0628\u064a\u0629", "\u0939\u093f\u0928\u094d\u0926\u0940",
     "\U0001f600", "smile \U0001f600 and wave \U0001f44b\U0001f3fd",
     "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 family",
-    "\U0001f1e9\U0001f1ea\U0001f1ef\U0001f1f5", "\u2764\ufe0f", "mixed \u4e2d\u6587 and \U0001f680 text",
-    "\ufeffbyte order mark", "\ufffd replacement \ufffd\ufffd", "\u00c3\u00a9 looks like a broken \u00e9",
+    "\U0001f1e9\U0001f1ea\U0001f1ef\U0001f1f5", "\u2764\ufe0f",
+    "mixed \u4e2d\u6587 and \U0001f680 text",
+    "\ufeffbyte order mark", "\ufffd replacement \ufffd\ufffd",
+    "\u00c3\u00a9 looks like a broken \u00e9",
     "\u00a0no-break\u3000ideographic\u2003em space", "zero\u200bwidth", "nul \u0000 byte",
-    "control \u0001\u001f\u007f\u0085", "\U0010ffff last code point", "\uff26\uff55\uff4c\uff4c width \ufb01 ligature",
+    "control \u0001\u001f\u007f\u0085", "\U0010ffff last code point",
+    "\uff26\uff55\uff4c\uff4c width \ufb01 ligature",
     "<0x41> is not a byte", "<|im_start|>", "<|im_end|>", "<|im_start|><|im_end|>",
     "<|im_start|>user\nHello<|im_end|>\n", "a<|im_start|>b", "a <|im_start|> b", " <|im_end|> ",
     "<|im_start|", "<|im_end|>>", "<<|im_end|>", "<|IM_END|>", "<|im_start|><|im_start|>x",
     "<s>", "</s>", "a<s>b</s>c", "the end.</s>", "ends with many spaces        ",
-    "        begins with many spaces", "tab\tand\u000bvertical", "x" * 50, "the " * 12, "\u4e2d" * 9,
+    "        begins with many spaces", "tab\tand\u000bvertical", "x" * 50, "the " * 12,
+    "\u4e2d" * 9,
 ]
 
 # The normalizer of the SentencePiece library writes a space as U+2581 and reads it back as a space:
@@ -73,8 +80,9 @@ _LOSSY_TEXTS = ["\u2581", "a\u2581b \u2581\u2581"]
 # Bytes that are no UTF-8 or not yet: cut characters, stray continuation bytes, overlong forms,
 # surrogates, beyond U+10FFFF. Given as byte pieces around ordinary ones.
 _BYTE_SEQUENCES = [
-    "e4", "e4bd", "e4bda0", "f09f98", "f09f9880", "80", "bfbf", "c3", "c3a9", "c328", "c0af", "e080af",
-    "eda080", "f4908080", "ff", "fefe", "f09f98e4bda0", "41c342", "e4bd0a", "00", "0a", "efbfbd",
+    "e4", "e4bd", "e4bda0", "f09f98", "f09f9880", "80", "bfbf", "c3", "c3a9", "c328", "c0af",
+    "e080af", "eda080", "f4908080", "ff", "fefe", "f09f98e4bda0", "41c342", "e4bd0a", "00", "0a",
+    "efbfbd",
     "f09f9880f09f98", "20e4bd20",
 ]
 

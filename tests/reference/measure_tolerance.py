@@ -2,7 +2,7 @@
 
     python3 tests/reference/measure_tolerance.py [MODEL_DIR ...]
 
-Runs the golden prompts under policy nosa twice, with matrix products summed in float32 and in
+Runs the golden prompts (of a model that is named: its own) under policy nosa twice, with matrix products summed in float32 and in
 float64, and prints the largest differences and the selections that changed, with their margins.
 The tolerances in README.md come from this.
 """
@@ -51,12 +51,16 @@ def measure(directory, prompts):
 
 
 def main():
+    for directory in sys.argv[1:]:
+        config = ref.Model.load(directory).config
+        measure(directory, make_golden.model_prompts(directory, config.vocab)[1])
+    if sys.argv[1:]:
+        return
     testdata = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "testdata")
     prompts = make_golden.tiny_prompts()
     prompts.pop("repeat-1000")  # all its scores by E are equal: nothing to measure
-    for directory in sys.argv[1:] or [os.path.join(testdata, name)
-                                      for name in ("tiny-bf16", "tiny-f32")]:
-        measure(directory, prompts)
+    for name in ("tiny-bf16", "tiny-f32"):
+        measure(os.path.join(testdata, name), prompts)
 
 
 if __name__ == "__main__":

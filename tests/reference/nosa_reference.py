@@ -124,7 +124,7 @@ class Policy:
 
 
 def make_policy(kind, model, bias=None):
-    """The policy `kind` on `model`; `bias` only chooses for "full" (None: on if there is a head)."""
+    """The policy `kind` on `model`; `bias` is for "full" alone (None: on if there is a head)."""
     if kind == "nosa":
         if not model.has_eviction_head:
             raise ValueError("policy nosa needs a checkpoint with an eviction head (A and delta)")
@@ -494,7 +494,7 @@ def attend_tile(model, q, k, v, bias, selected, positions):
     """Masked attention of q [tq, G, D] over one KV head's k, v [T, D], bias [T]: [tq, G, D]."""
     tile, group, dim = q.shape
     size = model.config.nosa.block_size
-    used = np.flatnonzero(selected.any(axis=0))  # blocks that no query of the tile wants are skipped
+    used = np.flatnonzero(selected.any(axis=0))  # blocks that no query of the tile wants are out
     tokens = (used[:, None] * size + np.arange(size)[None, :]).reshape(-1)
     allowed = np.repeat(selected[:, used], size, axis=1) & (tokens[None, :] <= positions[:, None])
     inside = tokens < len(k)  # the last block may be partial
@@ -657,10 +657,11 @@ def decode_step(model, token, policy, cache, trace=None):
     h = model.tensors["model.embed_tokens.weight"][[token]].astype(F32)
     for index, layer_cache in enumerate(cache.layers):
         q = _query_and_append(model, index, h, np.array([t]), layer_cache)[0]
-        outputs = [
-            _decode_attention(model, q[head * group:(head + 1) * group], t, index, layer_cache, head,
-                              policy, trace)
-            for head in range(config.kv_heads)]
+        outputs = []
+        for head in range(config.kv_heads):
+            q_group = q[head * group:(head + 1) * group]
+            outputs.append(_decode_attention(model, q_group, t, index, layer_cache, head, policy,
+                                             trace))
         h = _finish_layer(model, index, h, np.concatenate(outputs).reshape(1, -1))
     return _logits(model, h[0])
 

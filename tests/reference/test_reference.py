@@ -356,7 +356,10 @@ class ForwardTest(unittest.TestCase):
         margin_s, margin_e = (1e-4, 1e-5) if model.dtype == "F32" else (0.03, 0.002)
         self.assertEqual(one[2].keys(), two[2].keys())
         compared = 0
+        score_rtol = 1e-3 if model.dtype == "F32" else 0.1
         for key, a in one[2].items():
+            # Scores, not only sets: a window seen a step late changes the softmax of all others.
+            np.testing.assert_allclose(a.s, two[2][key].s, rtol=score_rtol, err_msg=str(key))
             if a.margin_s > margin_s and a.margin_e > margin_e:
                 self.assertEqual(a.blocks, two[2][key].blocks, key)
                 compared += 1
