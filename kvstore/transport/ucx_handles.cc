@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 
@@ -40,10 +41,13 @@ absl::StatusOr<UcxContext> UcxContext::Create(const std::string& tls) {
     RETURN_IF_ERROR(UcxStatus(ucp_config_modify(config.get(), "TLS", tls.c_str()),
                               absl::StrCat("UCX transports '", tls, "'")));
   }
-  // Records are tens of KiB: segments of that size more than double what TCP moves.
-  for (const char* name : {"TX_SEG_SIZE", "RX_SEG_SIZE"}) {
-    RETURN_IF_ERROR(UcxStatus(ucp_config_modify(config.get(), name, "64K"),
-                              absl::StrCat("UCX setting ", name)));
+  // Records are tens of KiB: segments of that size more than double what TCP moves. UCX warns of
+  // settings that no transport in use knows.
+  if (tls.empty() || absl::StrContains(tls, "tcp") || absl::StrContains(tls, "all")) {
+    for (const char* name : {"TX_SEG_SIZE", "RX_SEG_SIZE"}) {
+      RETURN_IF_ERROR(UcxStatus(ucp_config_modify(config.get(), name, "64K"),
+                                absl::StrCat("UCX setting ", name)));
+    }
   }
   ucp_params_t params = {};
   params.field_mask = UCP_PARAM_FIELD_FEATURES;

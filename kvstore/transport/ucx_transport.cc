@@ -1,13 +1,18 @@
 #include "kvstore/transport/ucx_transport.h"
 
+#include <sys/epoll.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "kvstore/transport/arena_file.h"
 #include "kvstore/transport/ucx_handles.h"
 
 namespace nosara::kvstore {
@@ -26,10 +31,21 @@ class UcxRegion final : public MemoryRegion {
 
 class UcxTransport;
 
-/// Connection to one arena. Completions come from ucp_worker_progress(), so on the owning thread.
+/// How the death of a peer shows.
+enum class PeerDeath {
+  /// UCX tells, and a forced close completes all requests.
+  kReported,
+  /// UCX's shared-memory transports cannot tell; only the end of the worker ends requests.
+  kSilent,
+};
+
+/// Connection to one arena, with a worker of its own: so that it can be ended whatever its peer
+/// does without touching the others. Completions come from ucp_worker_progress(), so on the owning
+/// thread.
 class UcxEndpoint final : public Endpoint {
  public:
-  static absl::StatusOr<std::unique_ptr<Endpoint>> Create(UcxTransport* transport,
+  static absl::StatusOr<std::unique_ptr<Endpoint>> Create(UcxTransport* transport, UcxWorker worker,
+                                                          PeerDeath peer_death,
                                                           const ArenaAddress& arena);
   ~UcxEndpoint() override;
 
@@ -37,8 +53,11 @@ class UcxEndpoint final : public Endpoint {
   absl::Status status() const override { return status_; }
   void Close() override;
 
-  /// Starts a flush for the puts that left since the last one.
-  bool FlushWrites();
+  bool Progress() {
+    const bool flushed = FlushWrites();
+    return worker_.has_value() && (worker_->Progress() || flushed);
+  }
+  bool Arm() { return !worker_.has_value() || worker_->Arm(); }
 
  private:
   /// A transfer in UCX's hands: what its callback gets.
@@ -47,8 +66,13 @@ class UcxEndpoint final : public Endpoint {
     Transfer* transfer = nullptr;
   };
 
-  UcxEndpoint(UcxTransport* transport, const ArenaAddress& arena)
-      : transport_(transport), arena_(arena) {}
+  UcxEndpoint(UcxTransport* transport, UcxWorker worker, PeerDeath peer_death,
+              const ArenaAddress& arena)
+      : transport_(transport), peer_death_(peer_death), arena_(arena), worker_(std::move(worker)) {}
+  /// Starts a flush for the puts that left since the last one.
+  bool FlushWrites();
+  void CloseByForce();
+  void CloseWithWorker();
   static void OnError(void* self, ucp_ep_h endpoint, ucs_status_t status);
   static void OnTransfer(void* request, ucs_status_t status, void* pending);
   static void OnFlush(void* request, ucs_status_t status, void* self);
@@ -58,12 +82,15 @@ class UcxEndpoint final : public Endpoint {
   Pending* NewPending(Transfer* transfer);
 
   UcxTransport* const transport_;
+  const PeerDeath peer_death_;
   const ArenaAddress arena_;
+  std::optional<UcxWorker> worker_;  // none once closed
   ucp_ep_h endpoint_ = nullptr;
   std::optional<UcxRemoteKey> key_;
   absl::Status status_;
   size_t outstanding_ = 0;  // requests in UCX's hands, the flush not counted
   bool flush_in_flight_ = false;
+  bool abandoned_ = false;  // the worker ends: its callbacks must not complete anything twice
   std::vector<Transfer*> unflushed_;  // puts that have left, remote completion unknown
   std::vector<Transfer*> flushing_;   // puts covered by the flush in flight
   std::vector<std::unique_ptr<Pending>> all_pending_;
@@ -72,8 +99,8 @@ class UcxEndpoint final : public Endpoint {
 
 class UcxTransport final : public Transport {
  public:
-  UcxTransport(UcxContext context, UcxWorker worker)
-      : context_(std::move(context)), worker_(std::move(worker)) {}
+  UcxTransport(UcxContext context, PeerDeath peer_death, FileDescriptor epoll)
+      : context_(std::move(context)), peer_death_(peer_death), epoll_(std::move(epoll)) {}
   ~UcxTransport() override { CHECK(endpoints_.empty()); }
 
   Path path() const override { return Path::kUcx; }
@@ -96,42 +123,57 @@ class UcxTransport final : public Transport {
       return absl::FailedPreconditionError(
           absl::StrCat("store ", arena.name, ": does not offer UCX"));
     }
-    return UcxEndpoint::Create(this, arena);
+    ASSIGN_OR_RETURN(UcxWorker worker, UcxWorker::Create(context_));
+    // Leaves the set by itself when the worker closes its descriptor.
+    epoll_event event = {};
+    event.events = EPOLLIN;
+    if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, worker.event_fd(), &event) != 0) {
+      return absl::ErrnoToStatus(errno, "epoll_ctl");
+    }
+    return UcxEndpoint::Create(this, std::move(worker), peer_death_, arena);
   }
 
   bool Progress() override {
     bool active = false;
-    for (UcxEndpoint* endpoint : endpoints_) active |= endpoint->FlushWrites();
-    active |= worker_.Progress();
+    for (UcxEndpoint* endpoint : endpoints_) active |= endpoint->Progress();
     return active;
   }
-  int event_fd() const override { return worker_.event_fd(); }
-  bool Arm() override { return worker_.Arm(); }
+  int event_fd() const override { return epoll_.get(); }
+  bool Arm() override {
+    for (UcxEndpoint* endpoint : endpoints_) {
+      if (!endpoint->Arm()) return false;
+    }
+    return true;
+  }
 
-  UcxWorker& worker() { return worker_; }
   void Add(UcxEndpoint* endpoint) { endpoints_.push_back(endpoint); }
   void Remove(UcxEndpoint* endpoint) {
     endpoints_.erase(std::remove(endpoints_.begin(), endpoints_.end(), endpoint), endpoints_.end());
   }
 
  private:
-  UcxContext context_;
-  UcxWorker worker_;
+  const UcxContext context_;
+  const PeerDeath peer_death_;
+  const FileDescriptor epoll_;  // over the workers' descriptors
   std::vector<UcxEndpoint*> endpoints_;
 };
 
 absl::StatusOr<std::unique_ptr<Endpoint>> UcxEndpoint::Create(UcxTransport* transport,
+                                                              UcxWorker worker,
+                                                              PeerDeath peer_death,
                                                               const ArenaAddress& arena) {
-  std::unique_ptr<UcxEndpoint> endpoint(new UcxEndpoint(transport, arena));
+  std::unique_ptr<UcxEndpoint> endpoint(
+      new UcxEndpoint(transport, std::move(worker), peer_death, arena));
+  transport->Add(endpoint.get());
   ucp_ep_params_t params = {};
   params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
                       UCP_EP_PARAM_FIELD_ERR_HANDLER;
   params.address = reinterpret_cast<const ucp_address_t*>(arena.ucx_address.data());
-  params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
+  params.err_mode =
+      peer_death == PeerDeath::kReported ? UCP_ERR_HANDLING_MODE_PEER : UCP_ERR_HANDLING_MODE_NONE;
   params.err_handler.cb = &UcxEndpoint::OnError;
   params.err_handler.arg = endpoint.get();
-  transport->Add(endpoint.get());
-  RETURN_IF_ERROR(UcxStatus(ucp_ep_create(transport->worker().get(), &params, &endpoint->endpoint_),
+  RETURN_IF_ERROR(UcxStatus(ucp_ep_create(endpoint->worker_->get(), &params, &endpoint->endpoint_),
                             absl::StrCat("store ", arena.name, ": connecting by UCX")));
   ASSIGN_OR_RETURN(UcxRemoteKey key, UcxRemoteKey::Create(endpoint->endpoint_, arena.ucx_rkey));
   endpoint->key_.emplace(std::move(key));
@@ -201,12 +243,13 @@ void UcxEndpoint::Post(Transfer* transfer) {
 void UcxEndpoint::OnTransfer(void* request, ucs_status_t status, void* user_data) {
   auto* const pending = static_cast<Pending*>(user_data);
   ucp_request_free(request);
+  if (pending->endpoint->abandoned_) return;
   pending->endpoint->FinishTransfer(pending, status);
 }
 
 void UcxEndpoint::FinishTransfer(Pending* pending, ucs_status_t status) {
   --outstanding_;
-  Transfer* const transfer = pending->transfer;
+  Transfer* const transfer = std::exchange(pending->transfer, nullptr);
   free_pending_.push_back(pending);
   if (status == UCS_OK && transfer->direction == Direction::kWrite) {
     unflushed_.push_back(transfer);
@@ -230,7 +273,8 @@ bool UcxEndpoint::FlushWrites() {
 
 void UcxEndpoint::OnFlush(void* request, ucs_status_t status, void* self) {
   ucp_request_free(request);
-  static_cast<UcxEndpoint*>(self)->FinishFlush(status);
+  auto* const that = static_cast<UcxEndpoint*>(self);
+  if (!that->abandoned_) that->FinishFlush(status);
 }
 
 void UcxEndpoint::FinishFlush(ucs_status_t status) {
@@ -241,33 +285,66 @@ void UcxEndpoint::FinishFlush(ucs_status_t status) {
 }
 
 void UcxEndpoint::Close() {
-  if (endpoint_ == nullptr) return;
+  if (!worker_.has_value()) return;
   if (status_.ok()) {
     status_ = absl::CancelledError(absl::StrCat("store ", arena_.name, ": endpoint is closed"));
   }
-  // A forced close completes every request with an error; only then is it safe to give the landing
-  // buffers back, so there is no way out of these loops but that.
+  if (endpoint_ != nullptr && peer_death_ == PeerDeath::kReported) CloseByForce();
+  CloseWithWorker();
+  for (Transfer* transfer : std::exchange(unflushed_, {})) transfer->Done(status_);
+}
+
+/// Completes every request with an error. Only then is it safe to give the landing buffers back, so
+/// there is no way out of these loops but that.
+void UcxEndpoint::CloseByForce() {
   ucp_request_param_t params = {};
   params.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
   params.flags = UCP_EP_CLOSE_FLAG_FORCE;
-  UcxWorker& worker = transport_->worker();
   const ucs_status_ptr_t request = ucp_ep_close_nbx(endpoint_, &params);
   if (UCS_PTR_IS_PTR(request)) {
-    while (ucp_request_check_status(request) == UCS_INPROGRESS) worker.Progress();
+    while (ucp_request_check_status(request) == UCS_INPROGRESS) worker_->Progress();
     ucp_request_free(request);
   }
-  while (outstanding_ > 0 || flush_in_flight_) worker.Progress();
-  for (Transfer* transfer : std::exchange(unflushed_, {})) transfer->Done(status_);
+  while (outstanding_ > 0 || flush_in_flight_) worker_->Progress();
+}
+
+/// Without its worker nothing of this endpoint touches memory any more: the transports that are
+/// closed this way copy within calls of Progress().
+void UcxEndpoint::CloseWithWorker() {
+  abandoned_ = true;
   key_.reset();
+  worker_.reset();
   endpoint_ = nullptr;
+  for (const std::unique_ptr<Pending>& pending : all_pending_) {
+    if (pending->transfer == nullptr) continue;
+    --outstanding_;
+    std::exchange(pending->transfer, nullptr)->Done(status_);
+  }
+  CHECK(outstanding_ == 0);
+  for (Transfer* transfer : std::exchange(flushing_, {})) transfer->Done(status_);
+}
+
+/// True for lists of shared-memory transports only.
+bool IsSharedMemoryOnly(const std::string& tls) {
+  if (tls.empty()) return false;
+  for (const absl::string_view name : absl::StrSplit(tls, ',')) {
+    if (name != "sm" && name != "shm" && name != "self" && name != "posix" && name != "sysv" &&
+        name != "cma" && name != "knem" && name != "xpmem") {
+      return false;
+    }
+  }
+  return true;
 }
 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Transport>> CreateUcxTransport(const std::string& tls) {
+  FileDescriptor epoll(epoll_create1(EPOLL_CLOEXEC));
+  if (!epoll.valid()) return absl::ErrnoToStatus(errno, "epoll_create1");
   ASSIGN_OR_RETURN(UcxContext context, UcxContext::Create(tls));
-  ASSIGN_OR_RETURN(UcxWorker worker, UcxWorker::Create(context));
-  return std::make_unique<UcxTransport>(std::move(context), std::move(worker));
+  return std::make_unique<UcxTransport>(
+      std::move(context), IsSharedMemoryOnly(tls) ? PeerDeath::kSilent : PeerDeath::kReported,
+      std::move(epoll));
 }
 
 }  // namespace nosara::kvstore

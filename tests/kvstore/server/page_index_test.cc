@@ -1,0 +1,344 @@
+#include "kvstore/server/page_index.h"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <random>
+#include <set>
+
+#include "tests/status_matchers.h"
+
+namespace nosara::kvstore {
+namespace {
+
+using ::nosara::testing::StatusIs;
+using State = PageIndex::ReserveState;
+
+PageKey Key(int n) {
+  PageKey key;
+  key.bytes[0] = static_cast<uint8_t>(n);
+  key.bytes[1] = static_cast<uint8_t>(n >> 8);
+  key.bytes[15] = 0x5a;
+  return key;
+}
+
+std::vector<PageKey> Keys(int begin, int end) {
+  std::vector<PageKey> keys;
+  for (int n = begin; n < end; ++n) keys.push_back(Key(n));
+  return keys;
+}
+
+class PageIndexTest : public ::testing::Test {
+ protected:
+  static constexpr int kRoot = 999;
+  static PageIndex::Options Options(uint64_t slots) {
+    PageIndex::Options options;
+    options.num_slots = slots;
+    options.base_generation = uint64_t{7} << 32;
+    options.lease_ttl = absl::Seconds(10);
+    options.quarantine = absl::Seconds(100);
+    return options;
+  }
+
+  static std::vector<PageIndex::Page> Reserved(const PageIndex::ReserveResult& result) {
+    std::vector<PageIndex::Page> pages;
+    for (const auto& page : result.pages) {
+      if (page.state == State::kReserved) pages.push_back(page.page);
+    }
+    return pages;
+  }
+
+  /// Stores blocks [begin, end) behind block begin - 1 (behind `parent` when given); the lease.
+  uint64_t Store(PageIndex& index, int begin, int end, int parent = -1) {
+    const auto result =
+        index.Reserve(Keys(begin, end), Key(parent >= 0 ? parent : begin - 1), now_);
+    EXPECT_OK(result);
+    if (!result.ok()) return 0;
+    EXPECT_OK(index.Commit(result->lease_id, Reserved(*result), now_));
+    EXPECT_OK(index.CheckIntegrity());
+    return result->lease_id;
+  }
+  static void Release(PageIndex& index, uint64_t lease, absl::Time now) {
+    index.Release({&lease, 1}, now);
+    EXPECT_OK(index.CheckIntegrity());
+  }
+  size_t Found(PageIndex& index, int begin, int end) {
+    const auto found = index.Lookup(Keys(begin, end), now_);
+    if (found.lease_id != 0) Release(index, found.lease_id, now_);
+    return found.pages.size();
+  }
+
+  absl::Time now_ = absl::UnixEpoch() + absl::Hours(1);
+};
+
+TEST_F(PageIndexTest, VisibleOnlyAfterCommit) {
+  PageIndex index(Options(4));
+  const auto reserved = index.Reserve(Keys(0, 2), Key(kRoot), now_);
+  ASSERT_OK(reserved);
+  EXPECT_EQ(reserved->pages[0].state, State::kReserved);
+  EXPECT_EQ(reserved->pages[0].page.generation, (uint64_t{7} << 32) + 1);
+  EXPECT_EQ(Found(index, 0, 2), 0u);
+  ASSERT_OK(index.Commit(reserved->lease_id, {Reserved(*reserved)[0]}, now_));
+  EXPECT_EQ(Found(index, 0, 2), 1u);
+  ASSERT_OK(index.Commit(reserved->lease_id, Reserved(*reserved), now_)) << "idempotent";
+  EXPECT_EQ(Found(index, 0, 3), 2u);
+  EXPECT_EQ(index.stats().pages_committed, 2u);
+  EXPECT_OK(index.CheckIntegrity());
+}
+
+TEST_F(PageIndexTest, ASecondWriterIsToldToWaitAndThenFindsThePage) {
+  PageIndex index(Options(4));
+  const auto first = index.Reserve(Keys(0, 1), Key(kRoot), now_);
+  ASSERT_OK(first);
+  auto second = index.Reserve(Keys(0, 1), Key(kRoot), now_);
+  ASSERT_OK(second);
+  EXPECT_EQ(second->pages[0].state, State::kBusy);
+  EXPECT_THAT(index.Commit(second->lease_id, {first->pages[0].page}, now_),
+              StatusIs(absl::StatusCode::kNotFound, "not reserved under lease"));
+  ASSERT_OK(index.Commit(first->lease_id, Reserved(*first), now_));
+  second = index.Reserve(Keys(0, 1), Key(kRoot), now_);
+  ASSERT_OK(second);
+  EXPECT_EQ(second->pages[0].state, State::kStored);
+  EXPECT_EQ(second->pages[0].page.slot, first->pages[0].page.slot);
+}
+
+TEST_F(PageIndexTest, LeasedPagesAreNeverEvicted) {
+  PageIndex index(Options(4));
+  const uint64_t lease = Store(index, 0, 4, kRoot);
+  EXPECT_THAT(index.Reserve(Keys(10, 11), Key(kRoot), now_),
+              StatusIs(absl::StatusCode::kResourceExhausted, "4 leased"));
+  EXPECT_EQ(Found(index, 0, 4), 4u);
+  Release(index, lease, now_);
+  Store(index, 10, 11, kRoot);
+  EXPECT_EQ(index.stats().pages_evicted, 1u);
+}
+
+TEST_F(PageIndexTest, AChainGoesFromItsTail) {
+  PageIndex index(Options(4));
+  Release(index, Store(index, 0, 4, kRoot), now_);
+  Release(index, Store(index, 10, 11, kRoot), now_);
+  EXPECT_EQ(Found(index, 0, 4), 3u);
+  Release(index, Store(index, 20, 22, kRoot), now_);
+  // 10 was used less recently than the lookup of 0..2, which leased them anew.
+  EXPECT_EQ(Found(index, 10, 11), 0u);
+  EXPECT_EQ(Found(index, 0, 4), 2u);
+}
+
+TEST_F(PageIndexTest, AParentStaysWhileAChildIsLeasedOrBeingWritten) {
+  PageIndex index(Options(3));
+  Release(index, Store(index, 0, 1, kRoot), now_);
+  const auto child = index.Reserve(Keys(1, 2), Key(0), now_);
+  ASSERT_OK(child);
+  // One slot is free; 0 has a child on its way, so a second one cannot be found.
+  EXPECT_THAT(index.Reserve(Keys(10, 12), Key(kRoot), now_),
+              StatusIs(absl::StatusCode::kResourceExhausted, "store full"));
+  EXPECT_EQ(Found(index, 0, 1), 1u);
+  Release(index, child->lease_id, now_);  // drops the reservation: 0 is a tail again
+  Store(index, 10, 13, kRoot);
+  EXPECT_EQ(Found(index, 0, 1), 0u);
+}
+
+TEST_F(PageIndexTest, ReservingDoesNotEvictThePageItHangsOn) {
+  PageIndex index(Options(2));
+  Release(index, Store(index, 0, 2, kRoot), now_);
+  // Needs one slot: of 0 and 1 only 1 may go, though the new page hangs on 0.
+  Store(index, 5, 6, /*parent=*/0);
+  EXPECT_EQ(Found(index, 0, 1), 1u);
+  EXPECT_EQ(Found(index, 1, 2), 0u);
+}
+
+TEST_F(PageIndexTest, AFailedReserveReservesNothing) {
+  PageIndex index(Options(3));
+  const uint64_t lease = Store(index, 0, 2, kRoot);
+  EXPECT_FALSE(index.Reserve(Keys(10, 12), Key(kRoot), now_).ok());
+  EXPECT_OK(index.CheckIntegrity());
+  EXPECT_EQ(index.stats().slots_reserved, 0u);
+  EXPECT_EQ(index.stats().leases, 1u);
+  EXPECT_EQ(index.stats().reservations_refused, 1u);
+  Release(index, lease, now_);
+}
+
+TEST_F(PageIndexTest, LeasesExpireAndCanBeRenewed) {
+  PageIndex index(Options(2));
+  const uint64_t renewed = Store(index, 0, 1, kRoot);
+  const uint64_t expired = Store(index, 10, 11, kRoot);
+  now_ += absl::Seconds(9);
+  EXPECT_TRUE(index.Renew({&renewed, 1}, now_).empty());
+  now_ += absl::Seconds(1);
+  const uint64_t both[] = {renewed, expired};
+  EXPECT_EQ(index.Renew(both, now_), std::vector<uint64_t>{expired});
+  EXPECT_EQ(index.stats().leases_expired, 1u);
+  Store(index, 20, 21, kRoot);
+  EXPECT_EQ(Found(index, 0, 1), 1u);
+  EXPECT_EQ(Found(index, 10, 11), 0u);
+}
+
+TEST_F(PageIndexTest, AnAbandonedReservationIsQuarantined) {
+  PageIndex index(Options(1));
+  const auto reserved = index.Reserve(Keys(0, 1), Key(kRoot), now_);
+  ASSERT_OK(reserved);
+  now_ += absl::Seconds(10);
+  EXPECT_THAT(index.Commit(reserved->lease_id, Reserved(*reserved), now_),
+              StatusIs(absl::StatusCode::kAborted, "has ended"));
+  EXPECT_THAT(index.Reserve(Keys(1, 2), Key(kRoot), now_),
+              StatusIs(absl::StatusCode::kResourceExhausted, "1 in quarantine"));
+  EXPECT_OK(index.CheckIntegrity());
+  now_ += absl::Seconds(99);
+  EXPECT_FALSE(index.Reserve(Keys(1, 2), Key(kRoot), now_).ok());
+  now_ += absl::Seconds(1);
+  const auto again = index.Reserve(Keys(1, 2), Key(kRoot), now_);
+  ASSERT_OK(again);
+  EXPECT_EQ(again->pages[0].page.generation, reserved->pages[0].page.generation + 1);
+}
+
+TEST_F(PageIndexTest, AReleasedReservationIsFreeAtOnce) {
+  PageIndex index(Options(1));
+  const auto reserved = index.Reserve(Keys(0, 1), Key(kRoot), now_);
+  ASSERT_OK(reserved);
+  Release(index, reserved->lease_id, now_);
+  Store(index, 1, 2, kRoot);
+}
+
+TEST_F(PageIndexTest, ADroppedReservationIsQuarantinedAndItsKeyIsFree) {
+  PageIndex index(Options(2));
+  const auto reserved = index.Reserve(Keys(0, 1), Key(kRoot), now_);
+  ASSERT_OK(reserved);
+  index.DropReservation(reserved->lease_id, reserved->pages[0].page, now_);
+  index.DropReservation(reserved->lease_id, reserved->pages[0].page, now_);
+  EXPECT_OK(index.CheckIntegrity());
+  EXPECT_EQ(index.stats().slots_quarantined, 1u);
+  const auto again = index.Reserve(Keys(0, 1), Key(kRoot), now_);
+  ASSERT_OK(again);
+  EXPECT_EQ(again->pages[0].state, State::kReserved);
+}
+
+TEST_F(PageIndexTest, RefusesRepeatedAndSelfParentedKeys) {
+  PageIndex index(Options(4));
+  EXPECT_THAT(index.Reserve({Key(1), Key(1)}, Key(0), now_),
+              StatusIs(absl::StatusCode::kInvalidArgument, "occurs twice"));
+  EXPECT_THAT(index.Reserve({Key(1)}, Key(1), now_),
+              StatusIs(absl::StatusCode::kInvalidArgument, "own parent"));
+  EXPECT_OK(index.CheckIntegrity());
+}
+
+// Random operations against a plain model: what each lease holds, what was committed. The model
+// knows what must hold (leased pages are found, in their slots; generations grow; a parent outlives
+// its child), not what is evicted.
+TEST_F(PageIndexTest, RandomOperationsKeepTheInvariants) {
+  for (uint64_t seed = 1; seed <= 20; ++seed) {
+    SCOPED_TRACE(seed);
+    std::mt19937_64 random(seed);
+    const uint64_t slots = 4 + random() % 20;
+    PageIndex index(Options(slots));
+    struct ModelLease {
+      absl::Time expires;
+      std::map<int, PageIndex::Page> pages;         // committed or found
+      std::map<int, PageIndex::Page> reservations;  // to be committed
+    };
+    std::map<uint64_t, ModelLease> leases;
+    std::map<uint64_t, uint64_t> last_generation;  // by slot
+    std::set<int> committed;                       // ever
+    // Chain c has blocks 100c .. 100c + 11, all behind the root.
+    const auto chain_keys = [](int chain, int begin, int end) {
+      return Keys(100 * chain + begin, 100 * chain + end);
+    };
+    const auto expire = [&] {
+      for (auto it = leases.begin(); it != leases.end();) {
+        it = it->second.expires <= now_ ? leases.erase(it) : std::next(it);
+      }
+    };
+    for (int step = 0; step < 800; ++step) {
+      now_ += absl::Milliseconds(random() % 400);
+      expire();
+      index.Expire(now_);
+      const int chain = static_cast<int>(random() % 5);
+      switch (random() % 6) {
+        case 0: {  // look a chain up
+          const int length = 1 + static_cast<int>(random() % 12);
+          const auto found = index.Lookup(chain_keys(chain, 0, length), now_);
+          ASSERT_EQ(found.lease_id == 0, found.pages.empty());
+          if (found.pages.empty()) break;
+          ModelLease& lease = leases[found.lease_id];
+          lease.expires = now_ + absl::Seconds(10);
+          for (size_t i = 0; i < found.pages.size(); ++i) {
+            const int n = 100 * chain + static_cast<int>(i);
+            ASSERT_EQ(found.pages[i].key, Key(n));
+            ASSERT_TRUE(committed.contains(n));
+            lease.pages[n] = found.pages[i];
+          }
+          break;
+        }
+        case 1:
+        case 2: {  // reserve some blocks behind what is there
+          const int begin = static_cast<int>(Found(index, 100 * chain, 100 * chain + 12));
+          const int end = std::min(12, begin + 1 + static_cast<int>(random() % 3));
+          const int from = std::max(0, begin - static_cast<int>(random() % 2));
+          if (from >= end) break;
+          const auto result =
+              index.Reserve(chain_keys(chain, from, end),
+                            from == 0 ? Key(kRoot) : Key(100 * chain + from - 1), now_);
+          if (!result.ok()) {
+            ASSERT_THAT(result, StatusIs(absl::StatusCode::kResourceExhausted, "store full"));
+            break;
+          }
+          ModelLease& lease = leases[result->lease_id];
+          lease.expires = now_ + absl::Seconds(10);
+          for (size_t i = 0; i < result->pages.size(); ++i) {
+            const PageIndex::Page& page = result->pages[i].page;
+            const int n = 100 * chain + from + static_cast<int>(i);
+            if (result->pages[i].state == State::kReserved) {
+              ASSERT_GT(page.generation, last_generation[page.slot]);
+              last_generation[page.slot] = page.generation;
+              lease.reservations[n] = page;
+            } else if (result->pages[i].state == State::kStored) {
+              lease.pages[n] = page;
+            }
+          }
+          break;
+        }
+        case 3:
+        case 4: {  // commit all of a lease's reservations
+          if (leases.empty()) break;
+          auto it = std::next(leases.begin(), static_cast<long>(random() % leases.size()));
+          std::vector<PageIndex::Page> pages;
+          for (const auto& [n, page] : it->second.reservations) pages.push_back(page);
+          if (pages.empty()) break;
+          ASSERT_OK(index.Commit(it->first, pages, now_));
+          for (const auto& [n, page] : it->second.reservations) {
+            committed.insert(n);
+            it->second.pages[n] = page;
+          }
+          it->second.reservations.clear();
+          break;
+        }
+        case 5: {  // release or renew
+          if (leases.empty()) break;
+          auto it = std::next(leases.begin(), static_cast<long>(random() % leases.size()));
+          if (random() % 3 == 0) {
+            ASSERT_TRUE(index.Renew({&it->first, 1}, now_).empty());
+            it->second.expires = now_ + absl::Seconds(10);
+          } else {
+            index.Release({&it->first, 1}, now_);
+            leases.erase(it);
+          }
+          break;
+        }
+      }
+      ASSERT_OK(index.CheckIntegrity()) << "step " << step;
+      ASSERT_EQ(index.stats().leases, leases.size()) << "step " << step;
+      // Every page under a live lease is where it was, by a lookup of its own key.
+      for (const auto& [id, lease] : leases) {
+        for (const auto& [n, page] : lease.pages) {
+          const auto found = index.Lookup({Key(n)}, now_);
+          ASSERT_EQ(found.pages.size(), 1u) << "step " << step << " page " << n;
+          ASSERT_EQ(found.pages[0].slot, page.slot);
+          ASSERT_EQ(found.pages[0].generation, page.generation);
+          index.Release({&found.lease_id, 1}, now_);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace nosara::kvstore
