@@ -1,11 +1,5 @@
 // nosara-router: the front door of a cluster.
-#include <pthread.h>
-
-#include <csignal>
 #include <cstdint>
-#include <cstdio>
-#include <cstring>
-#include <fstream>
 #include <iostream>
 #include <string>
 #include <vector>
@@ -19,6 +13,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
 #include "base/log.h"
+#include "base/process.h"
 #include "base/status_macros.h"
 #include "router/router_server.h"
 
@@ -45,27 +40,9 @@ ABSL_FLAG(int32_t, text_threads, 2, "threads that tokenize prompts, 1 or more");
 namespace nosara::router {
 namespace {
 
-absl::Status WritePortFile(const std::string& path, const std::string& address) {
-  // Under another name first, so that a reader never finds half of it.
-  const std::string temporary = path + ".tmp";
-  std::ofstream file(temporary);
-  file << address << "\n";
-  file.close();
-  if (!file || std::rename(temporary.c_str(), path.c_str()) != 0) {
-    return absl::UnavailableError(absl::StrCat("port_file: cannot write '", path, "'"));
-  }
-  return absl::OkStatus();
-}
-
 absl::Status Run() {
   RETURN_IF_ERROR(InitLogging("nosara-router", absl::GetFlag(FLAGS_log_level)));
-  // Blocked in all threads to come; the main thread waits for them.
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGTERM);
-  sigaddset(&signals, SIGINT);
-  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-
+  StopSignal stop;
   RouterServerOptions options;
   options.listen = absl::GetFlag(FLAGS_listen);
   options.worker_addresses = absl::GetFlag(FLAGS_workers);
@@ -81,16 +58,12 @@ absl::Status Run() {
   if (!server->AwaitWorkers(static_cast<int>(options.worker_addresses.size()), patience)) {
     LogWarning("not all workers answered within {}", absl::FormatDuration(patience));
   }
-  if (const std::string path = absl::GetFlag(FLAGS_port_file); !path.empty()) {
-    RETURN_IF_ERROR(WritePortFile(path, server->address()));
-  }
+  RETURN_IF_ERROR(WritePortFile(absl::GetFlag(FLAGS_port_file), server->address()));
 
-  int signal = 0;
-  sigwait(&signals, &signal);
+  const std::string signal = stop.Wait();
   const absl::Duration drain_timeout = absl::GetFlag(FLAGS_drain_timeout);
-  LogInfo("{}: draining for at most {}; once more to stop at once", strsignal(signal),
+  LogInfo("{}: draining for at most {}; once more to stop at once", signal,
           absl::FormatDuration(drain_timeout));
-  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
   server->Shutdown(drain_timeout);
   LogInfo("stopped");
   return absl::OkStatus();

@@ -9,11 +9,12 @@
 #include "client/command.h"
 #include "client/generate.h"
 #include "client/inspect.h"
+#include "client/serve/serve.h"
 
 namespace nosara::client {
 
 std::vector<Command> AllCommands() {
-  return {GenerateCommand(), ChatCommand(), ModelsCommand(), TokenizeCommand()};
+  return {ServeCommand(), GenerateCommand(), ChatCommand(), ModelsCommand(), TokenizeCommand()};
 }
 
 namespace {
