@@ -247,7 +247,6 @@ void TransferThread::CheckStalls() {
 }
 
 void TransferThread::Sleep() {
-  Transport* const ucx = transports_[static_cast<int>(Path::kUcx)].get();
   bool in_flight = false;
   absl::Time until = timers_.empty() ? absl::InfiniteFuture() : timers_.begin()->first;
   for (const Store& store : stores_) {
@@ -256,19 +255,24 @@ void TransferThread::Sleep() {
     until = std::min(until, store.last_completion + options_.stall_timeout);
   }
   if (in_flight && ++idle_turns_ < kIdleTurns) return;
-  if (ucx != nullptr && !ucx->Arm()) return;
+  pollfd fds[1 + kNumPaths] = {{wake_.get(), POLLIN, 0}};
+  int num_fds = 1;
+  for (const auto& transport : transports_) {
+    if (transport == nullptr || transport->event_fd() < 0) continue;
+    if (!transport->Arm()) return;
+    fds[num_fds++] = {transport->event_fd(), POLLIN, 0};
+  }
   {
     absl::MutexLock lock(&mu_);
     if (!inbox_.empty()) return;
     asleep_ = true;
   }
-  pollfd fds[2] = {{wake_.get(), POLLIN, 0}, {ucx != nullptr ? ucx->event_fd() : -1, POLLIN, 0}};
   int timeout_ms = -1;
   if (until != absl::InfiniteFuture()) {
     const int64_t ms = absl::ToInt64Milliseconds(until - Now()) + 1;
     timeout_ms = static_cast<int>(std::clamp<int64_t>(ms, 0, 60'000));
   }
-  CHECK(poll(fds, 2, timeout_ms) >= 0 || errno == EINTR);
+  CHECK(poll(fds, num_fds, timeout_ms) >= 0 || errno == EINTR);
   if (fds[0].revents != 0) {
     uint64_t count;
     CHECK(read(wake_.get(), &count, sizeof(count)) == sizeof(count) || errno == EAGAIN);

@@ -102,6 +102,7 @@ class TransferThread final {
   void AddStats(ClientStats& stats) const;
 
  private:
+  static constexpr int kNumPaths = 3;
   struct Job;
   class PieceTransfer;
   struct Store {
@@ -117,7 +118,7 @@ class TransferThread final {
   struct Counters {
     std::atomic<uint64_t> records{0}, record_bytes{0}, prefixes{0}, prefix_bytes{0},
         page_bytes_written{0}, verification_failures{0};
-    std::atomic<uint64_t> records_by_path[3] = {};
+    std::atomic<uint64_t> records_by_path[kNumPaths] = {};
   };
 
   void Loop();
@@ -145,7 +146,7 @@ class TransferThread final {
   bool stop_ ABSL_GUARDED_BY(mu_) = false;
 
   // Owned by the thread.
-  std::unique_ptr<Transport> transports_[3];  // by Path
+  std::unique_ptr<Transport> transports_[kNumPaths];  // by Path
   std::vector<Store> stores_;
   std::multimap<absl::Time, Closure> timers_;
   std::vector<std::unique_ptr<Job>> finished_;

@@ -124,8 +124,7 @@ INSTANTIATE_TEST_SUITE_P(
                       PathCase{"Mapped", DataPath::kMapped, Path::kMapped, "", ""},
                       PathCase{"Auto", DataPath::kAuto, Path::kMapped, "", ""},
                       PathCase{"UcxTcp", DataPath::kUcx, Path::kUcx, "tcp", "tcp"},
-                      PathCase{"UcxSharedMemory", DataPath::kUcx, Path::kUcx, "",
-                               "sm,self"},
+                      PathCase{"UcxSharedMemory", DataPath::kUcx, Path::kUcx, "", "sm,self"},
                       PathCase{"UcxDefault", DataPath::kUcx, Path::kUcx, "", ""}),
     [](const auto& info) { return std::string(info.param.name); });
 
