@@ -24,6 +24,7 @@ constexpr size_t kMaxRenewalsPerCall = 65536;
 /// Lookup and Reserve try again once, on a new connection: the usual error is a connection to a
 /// store that has restarted since.
 constexpr int kAttempts = 2;
+constexpr absl::Duration kReconnectPeriod = absl::Seconds(1);
 constexpr absl::Duration kFirstBusyDelay = absl::Milliseconds(2);
 constexpr absl::Duration kMaxBusyDelay = absl::Milliseconds(100);
 
@@ -80,14 +81,14 @@ class GrpcStoreClient::Impl final {
       connection.channel = options_.stores[i].channel;
       connection.in_process_arena = options_.stores[i].in_process_arena;
       connection.transfer_thread = &transfers_;
-      connection.on_epoch = [this, i](uint64_t epoch) {
-        absl::MutexLock lock(&mu_);
-        leases_.LoseOthers(StoreId{static_cast<uint32_t>(i)}, epoch);
+      connection.on_session = [this, i](uint64_t epoch, absl::Duration lease_ttl) {
+        OnSession(i, epoch, lease_ttl);
       };
       names_.push_back(options_.stores[i].address);
       stores_.push_back(std::make_unique<StoreConnection>(std::move(connection)));
     }
-    ScheduleMaintenance(absl::ZeroDuration());
+    epochs_.resize(stores_.size(), 0);
+    transfers_.Run([this] { KeepConnected(); });
   }
 
   ~Impl() { Close(); }
@@ -214,8 +215,11 @@ class GrpcStoreClient::Impl final {
 
   void SubmitReads(std::vector<TransferThread::Piece> pieces, absl::Status valid, DoneStatus done);
   void SendRelease(const std::vector<LeaseTable::ServerLease>& leases);
-  void ScheduleMaintenance(absl::Duration delay);
-  void Maintain();
+  /// Tries to reach stores that are not connected, from time to time.
+  void KeepConnected();
+  void OnSession(size_t store, uint64_t epoch, absl::Duration lease_ttl);
+  /// Renews the leases of one incarnation of a store, until another one is there.
+  void KeepLeases(size_t store, uint64_t epoch, absl::Duration lease_ttl);
   void RenewDue(size_t store);
 
   // Constant after construction.
@@ -225,6 +229,7 @@ class GrpcStoreClient::Impl final {
 
   mutable absl::Mutex mu_;
   LeaseTable leases_ ABSL_GUARDED_BY(mu_);
+  std::vector<uint64_t> epochs_ ABSL_GUARDED_BY(mu_);  // last known, by store
   size_t operations_ ABSL_GUARDED_BY(mu_) = 0;
   bool closed_ ABSL_GUARDED_BY(mu_) = false;
   uint64_t pages_written_ ABSL_GUARDED_BY(mu_) = 0;
@@ -609,20 +614,32 @@ void GrpcStoreClient::Impl::SendRelease(const std::vector<LeaseTable::ServerLeas
   }
 }
 
-void GrpcStoreClient::Impl::ScheduleMaintenance(absl::Duration delay) {
-  transfers_.RunAfter(delay, [this] { Maintain(); });
+void GrpcStoreClient::Impl::KeepConnected() {
+  if (IsClosed()) return;
+  for (auto& store : stores_) store->WhenReady([](absl::StatusOr<StoreConnection::Session>) {});
+  transfers_.RunAfter(kReconnectPeriod, [this] { KeepConnected(); });
 }
 
-void GrpcStoreClient::Impl::Maintain() {
-  if (IsClosed()) return;
-  absl::Duration period = absl::Seconds(1);
-  for (size_t i = 0; i < stores_.size(); ++i) {
-    // Renewals go out on a doubtful connection too: the answer tells, and leases are precious.
-    RenewDue(i);
-    stores_[i]->WhenReady([](absl::StatusOr<StoreConnection::Session>) {});
-    period = std::min(period, std::max(stores_[i]->lease_ttl() / 12, absl::Milliseconds(5)));
+void GrpcStoreClient::Impl::OnSession(size_t store, uint64_t epoch, absl::Duration lease_ttl) {
+  {
+    absl::MutexLock lock(&mu_);
+    if (epochs_[store] == epoch) return;  // the same incarnation: its renewals go on
+    epochs_[store] = epoch;
+    leases_.LoseOthers(StoreId{static_cast<uint32_t>(store)}, epoch);
   }
-  ScheduleMaintenance(period);
+  transfers_.Run([this, store, epoch, lease_ttl] { KeepLeases(store, epoch, lease_ttl); });
+}
+
+void GrpcStoreClient::Impl::KeepLeases(size_t store, uint64_t epoch, absl::Duration lease_ttl) {
+  {
+    absl::MutexLock lock(&mu_);
+    if (closed_ || epochs_[store] != epoch) return;
+  }
+  // On a doubtful connection too: the answer tells, and leases are precious.
+  RenewDue(store);
+  const absl::Duration period =
+      std::clamp(lease_ttl / 12, absl::Milliseconds(5), absl::Seconds(1));
+  transfers_.RunAfter(period, [=, this] { KeepLeases(store, epoch, lease_ttl); });
 }
 
 void GrpcStoreClient::Impl::RenewDue(size_t store) {

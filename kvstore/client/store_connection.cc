@@ -48,7 +48,7 @@ void StoreConnection::OnInfo(absl::StatusOr<v1::GetInfoResponse> info) {
   Session session;
   session.epoch = info->epoch();
   session.lease_ttl = absl::Milliseconds(info->lease_ttl_ms());
-  if (options_.on_epoch) options_.on_epoch(session.epoch);
+  if (options_.on_session) options_.on_session(session.epoch, session.lease_ttl);
   options_.transfer_thread->Connect(options_.store, std::move(arena),
                                     [this, session](absl::StatusOr<Path> path) mutable {
                                       if (!path.ok()) {
@@ -80,11 +80,6 @@ void StoreConnection::Doubt(uint64_t epoch) {
 void StoreConnection::DataPathBroken() {
   absl::MutexLock lock(&mu_);
   if (state_ == State::kReady) state_ = State::kDisconnected;
-}
-
-absl::Duration StoreConnection::lease_ttl() const {
-  absl::MutexLock lock(&mu_);
-  return session_.lease_ttl;
 }
 
 Path StoreConnection::path() const {

@@ -25,7 +25,7 @@ class StoreConnection final {
   /// What a ready connection is good for.
   struct Session {
     uint64_t epoch = 0;
-    absl::Duration lease_ttl = absl::InfiniteDuration();
+    absl::Duration lease_ttl;
     Path path = Path::kMapped;
   };
   using Ready = absl::AnyInvocable<void(absl::StatusOr<Session>) &&>;
@@ -36,8 +36,8 @@ class StoreConnection final {
     std::shared_ptr<grpc::Channel> channel;
     absl::Span<std::byte> in_process_arena;
     TransferThread* transfer_thread = nullptr;
-    /// The store runs as this incarnation: leases of others are lost.
-    std::function<void(uint64_t epoch)> on_epoch;
+    /// The store answered as this incarnation: leases of others are lost.
+    std::function<void(uint64_t epoch, absl::Duration lease_ttl)> on_session;
   };
 
   explicit StoreConnection(Options options);
@@ -52,8 +52,6 @@ class StoreConnection final {
   void DataPathBroken();
 
   bool connected() const;
-  /// Of the last session; infinite before the first.
-  absl::Duration lease_ttl() const;
   /// Of the last session; kMapped before the first.
   Path path() const;
   ControlClient& control() { return control_; }

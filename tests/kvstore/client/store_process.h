@@ -51,6 +51,14 @@ class StoreProcess final {
   StoreProcess& operator=(const StoreProcess&) = delete;
   ~StoreProcess() {
     if (pid_ > 0) Kill();
+    if (::testing::Test::HasFailure()) {
+      // What it said last, to tell why.
+      char rest[4096];
+      for (ssize_t bytes; (bytes = read(err_, rest, sizeof(rest))) > 0;) {
+        said_.append(rest, static_cast<size_t>(bytes));
+      }
+      ADD_FAILURE() << "the store said: " << said_;
+    }
     close(err_);
   }
 
