@@ -1,93 +1,103 @@
 #include "text/sentencepiece_model.h"
 
-#include <sentencepiece_processor.h>
+#include <dlfcn.h>
+
+#include "text/sentencepiece_plugin.h"
 
 namespace nosara::text {
 namespace {
 
-// A serialized ModelProto that sets normalizer_spec.add_dummy_prefix to false. Protobuf merges
-// concatenated messages field by field, the last one wins: appended to a model, it changes this
-// field alone. Bytes: field 3 (normalizer_spec), 2 bytes long: field 3 (add_dummy_prefix) = 0.
-constexpr std::string_view kWithoutPrefix("\x1a\x02\x18\x00", 4);
+constexpr char kModule[] = "libnosara_sentencepiece.so";
 
-// U+2581, by which SentencePiece writes a space.
-constexpr std::string_view kSpaceSymbol = "\xe2\x96\x81";
+/// The module, loaded once and never unloaded; null with the reason in `error`.
+const NosaraSentencePieceApi* LoadModule(std::string* error) {
+  struct Loaded {
+    const NosaraSentencePieceApi* api = nullptr;
+    std::string error;
+  };
+  static const Loaded* const loaded = [] {
+    auto* result = new Loaded;
+    // RTLD_DEEPBIND: the library inside looks for its protobuf in its own scope first, RTLD_LOCAL:
+    // nobody else finds it there. dlmopen, not dlopen, because the sanitizers' dlopen refuses
+    // RTLD_DEEPBIND; it is harmless here, since no allocation crosses the module's interface.
+    void* handle = dlmopen(LM_ID_BASE, kModule, RTLD_NOW | RTLD_LOCAL | RTLD_DEEPBIND);
+    if (handle == nullptr) {
+      result->error = dlerror();
+      return result;
+    }
+    const auto get = reinterpret_cast<const NosaraSentencePieceApi* (*)()>(
+        dlsym(handle, "nosara_sentencepiece_api"));
+    if (get == nullptr) {
+      result->error = dlerror();
+      return result;
+    }
+    result->api = get();
+    return result;
+  }();
+  *error = loaded->error;
+  return loaded->api;
+}
 
 }  // namespace
 
-struct SentencePieceModel::Processors {
-  sentencepiece::SentencePieceProcessor as_model;
-  sentencepiece::SentencePieceProcessor without_prefix;  // loaded only where it differs
-};
-
-SentencePieceModel::SentencePieceModel() : processors_(std::make_unique<Processors>()) {}
-SentencePieceModel::~SentencePieceModel() = default;
-
 std::unique_ptr<SentencePieceModel> SentencePieceModel::Parse(const std::string& serialized,
                                                               std::string* error) {
-  std::unique_ptr<SentencePieceModel> model(new SentencePieceModel());
-  sentencepiece::SentencePieceProcessor& as_model = model->processors_->as_model;
-  const sentencepiece::util::Status status = as_model.LoadFromSerializedProto(serialized);
-  if (!status.ok()) {
-    *error = status.ToString();
+  const NosaraSentencePieceApi* api = LoadModule(error);
+  if (api == nullptr) return nullptr;
+  char message[512] = "";
+  void* model = api->parse(serialized.data(), serialized.size(), message, sizeof(message));
+  if (model == nullptr) {
+    *error = message;
     return nullptr;
   }
-  if (as_model.GetPieceSize() == 0) {
-    *error = "it has no pieces";
-    return nullptr;
-  }
-  std::vector<std::string> pieces;
-  if (!as_model.Encode("a", &pieces).ok() || pieces.empty()) {
-    *error = "it cannot encode the text \"a\"";
-    return nullptr;
-  }
-  model->has_prefix_ = pieces.front().compare(0, kSpaceSymbol.size(), kSpaceSymbol) == 0;
-  if (model->has_prefix_) {
-    const sentencepiece::util::Status patched =
-        model->processors_->without_prefix.LoadFromSerializedProto(serialized +
-                                                                   std::string(kWithoutPrefix));
-    if (!patched.ok()) {
-      *error = patched.ToString();
-      return nullptr;
-    }
-  }
-  return model;
+  return std::unique_ptr<SentencePieceModel>(new SentencePieceModel(api, model));
 }
+
+SentencePieceModel::SentencePieceModel(const NosaraSentencePieceApi* api, void* model)
+    : api_(api), model_(model) {
+  const int count = api_->size(model_);
+  pieces_.reserve(count);
+  for (int id = 0; id < count; ++id) {
+    size_t size = 0;
+    const char* bytes = api_->piece(model_, id, &size);
+    pieces_.emplace_back(bytes, size);
+    kinds_.push_back(static_cast<Kind>(api_->kind(model_, id)));
+  }
+  for (int id = 0; id < count; ++id) ids_.emplace(pieces_[id], id);
+  unk_id_ = api_->unk_id(model_);
+  bos_id_ = api_->bos_id(model_);
+  eos_id_ = api_->eos_id(model_);
+  has_prefix_ = api_->has_prefix(model_) != 0;
+}
+
+SentencePieceModel::~SentencePieceModel() { api_->destroy(model_); }
 
 std::string SentencePieceModel::Encode(std::string_view text, Prefix prefix,
                                        std::vector<int32_t>* ids) const {
-  const sentencepiece::SentencePieceProcessor& processor =
-      has_prefix_ && prefix == Prefix::kNone ? processors_->without_prefix : processors_->as_model;
-  std::vector<int> encoded;
-  const sentencepiece::util::Status status = processor.Encode(text, &encoded);
-  if (!status.ok()) return status.ToString();
-  ids->insert(ids->end(), encoded.begin(), encoded.end());
-  return "";
-}
-
-int SentencePieceModel::size() const { return processors_->as_model.GetPieceSize(); }
-
-const std::string& SentencePieceModel::Piece(int id) const {
-  return processors_->as_model.IdToPiece(id);
-}
-
-SentencePieceModel::Kind SentencePieceModel::KindOf(int id) const {
-  const sentencepiece::SentencePieceProcessor& processor = processors_->as_model;
-  if (processor.IsUnknown(id)) return Kind::kUnknown;
-  if (processor.IsControl(id)) return Kind::kControl;
-  if (processor.IsByte(id)) return Kind::kByte;
-  if (processor.IsUnused(id)) return Kind::kUnused;
-  return Kind::kNormal;
+  const size_t old_size = ids->size();
+  // No text has more ids than bytes, but for the space before it.
+  size_t capacity = text.size() + 8;
+  for (;;) {
+    ids->resize(old_size + capacity);
+    char message[512] = "";
+    const int64_t count =
+        api_->encode(model_, text.data(), text.size(), prefix == Prefix::kNone ? 1 : 0,
+                     ids->data() + old_size, capacity, message, sizeof(message));
+    if (count < 0) {
+      ids->resize(old_size);
+      return message[0] != '\0' ? message : "unknown error";
+    }
+    if (static_cast<size_t>(count) <= capacity) {
+      ids->resize(old_size + count);
+      return "";
+    }
+    capacity = count;
+  }
 }
 
 int SentencePieceModel::Find(std::string_view piece) const {
-  // The library answers with the unknown piece's id for what it does not know.
-  const int id = processors_->as_model.PieceToId(piece);
-  return id >= 0 && id < size() && Piece(id) == piece ? id : -1;
+  const auto found = ids_.find(piece);
+  return found == ids_.end() ? -1 : found->second;
 }
-
-int SentencePieceModel::unk_id() const { return processors_->as_model.unk_id(); }
-int SentencePieceModel::bos_id() const { return processors_->as_model.bos_id(); }
-int SentencePieceModel::eos_id() const { return processors_->as_model.eos_id(); }
 
 }  // namespace nosara::text
