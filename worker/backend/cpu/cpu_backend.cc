@@ -386,6 +386,8 @@ void CpuBackend::FetchWindowBlocks(int index) {
       table.Touch(block, step_);
       missing.push_back({static_cast<int>(i), record, block,
                          active.cache->slot_data(record, slot)});
+      // The selection will find it resident, and count it so: it has been fetched all the same.
+      ++active.fetched_early;
     }
   }
   FetchMissing(missing);
@@ -516,7 +518,8 @@ void CpuBackend::ResolveRecords(int index) {
       if (active.cache->Resident(record, block) == nullptr) absent.push_back(block);
     }
     active.counters.records_selected += needed.size();
-    active.counters.records_resident += needed.size() - absent.size();
+    active.counters.records_resident += needed.size() - absent.size() - active.fetched_early;
+    active.fetched_early = 0;
     const size_t first_missing = missing.size();
     const bool fits = stored <= table.slots();
     if (fits) {

@@ -100,6 +100,7 @@ class CpuBackend final : public Backend {
     int tokens = 0;
     absl::Status status;
     CacheCounters counters;
+    size_t fetched_early = 0;  // in this layer, before the selection
   };
   /// A record that a step needs and that is not here.
   struct Missing {

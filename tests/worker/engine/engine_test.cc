@@ -1,0 +1,447 @@
+// The engine with the CPU backend, a small random model and a store in memory.
+#include "worker/engine/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "absl/synchronization/notification.h"
+#include "tests/status_matchers.h"
+#include "tests/worker/fake_store_client.h"
+#include "worker/backend/cpu/cpu_backend.h"
+
+namespace nosara::worker {
+namespace {
+
+using ::nosara::testing::StatusIs;
+
+class CollectingSink final : public RequestSink {
+ public:
+  void OnAccepted(int64_t cached_tokens) override {
+    absl::MutexLock lock(&mu_);
+    cached_ = cached_tokens;
+    accepted_ = true;
+  }
+  void OnPrefillProgress(int64_t done, int64_t total) override {
+    absl::MutexLock lock(&mu_);
+    EXPECT_LE(done, total);
+    progress_.push_back(done);
+  }
+  void OnToken(const SampledToken& token) override {
+    absl::MutexLock lock(&mu_);
+    tokens_.push_back(token.id);
+  }
+  void OnCompleted(const Completion& completion) override {
+    {
+      absl::MutexLock lock(&mu_);
+      completion_ = completion;
+    }
+    done_.Notify();
+  }
+  void OnFailed(const absl::Status& status) override {
+    {
+      absl::MutexLock lock(&mu_);
+      status_ = status;
+    }
+    done_.Notify();
+  }
+
+  void Wait() { ASSERT_TRUE(done_.WaitForNotificationWithTimeout(absl::Seconds(60))); }
+  bool ended() const { return done_.HasBeenNotified(); }
+  void WaitForTokens(size_t count) {
+    absl::MutexLock lock(&mu_);
+    const auto enough = [this, count]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+      return tokens_.size() >= count || !status_.ok();
+    };
+    ASSERT_TRUE(mu_.AwaitWithTimeout(absl::Condition(&enough), absl::Seconds(60)));
+  }
+  std::vector<int32_t> tokens() const {
+    absl::MutexLock lock(&mu_);
+    return tokens_;
+  }
+  absl::Status status() const {
+    absl::MutexLock lock(&mu_);
+    return status_;
+  }
+  Completion completion() const {
+    absl::MutexLock lock(&mu_);
+    return completion_;
+  }
+  int64_t cached() const {
+    absl::MutexLock lock(&mu_);
+    return cached_;
+  }
+
+ private:
+  mutable absl::Mutex mu_;
+  absl::Notification done_;
+  bool accepted_ ABSL_GUARDED_BY(mu_) = false;
+  int64_t cached_ ABSL_GUARDED_BY(mu_) = -1;
+  std::vector<int64_t> progress_ ABSL_GUARDED_BY(mu_);
+  std::vector<int32_t> tokens_ ABSL_GUARDED_BY(mu_);
+  absl::Status status_ ABSL_GUARDED_BY(mu_);
+  Completion completion_ ABSL_GUARDED_BY(mu_);
+};
+
+constexpr int kFewSlots = 8;  // topk_blocks of the test model
+
+class EngineTest : public ::testing::Test {
+ protected:
+  /// A worker of its own: engine, backend, client, over the shared store.
+  struct Worker {
+    std::unique_ptr<FakeStoreClient> client;
+    std::unique_ptr<Engine> engine;
+  };
+
+  void SetUp() override {
+    ASSERT_OK_AND_ASSIGN(checkpoint_, Checkpoint::Open("tests/testdata/tiny-bf16"));
+    ASSERT_OK_AND_ASSIGN(const kvstore::PageLayout layout,
+                         CpuBackend::LayoutFor(checkpoint_->config()));
+    store_ = std::make_unique<FakeStore>(layout);
+  }
+
+  Worker MakeWorker(int slots = 0, int max_unstored_blocks = 6, EngineOptions options = {},
+                    int64_t cache_bytes = int64_t{1} << 30) {
+    Worker worker;
+    worker.client = std::make_unique<FakeStoreClient>(store_.get());
+    CpuBackendOptions backend_options;
+    backend_options.slots_per_head = slots;
+    backend_options.max_unstored_blocks = max_unstored_blocks;
+    backend_options.cache_bytes = cache_bytes;
+    auto backend = CpuBackend::Create(checkpoint_, worker.client.get(), backend_options);
+    EXPECT_OK(backend);
+    options.integrity = EngineOptions::Integrity::kEachStep;
+    options.limits.chunk_tokens = 128;
+    auto engine = Engine::Create(*std::move(backend), worker.client.get(), &clock_, options);
+    EXPECT_OK(engine);
+    worker.engine = *std::move(engine);
+    return worker;
+  }
+
+  /// A reproducible prompt whose blocks differ from one another.
+  static std::vector<int32_t> Prompt(int tokens, uint32_t seed) {
+    std::mt19937 random(seed);
+    std::vector<int32_t> prompt;
+    int32_t topic = 0;
+    for (int i = 0; i < tokens; ++i) {
+      if (i % 37 == 0) topic = random() % 400;
+      prompt.push_back((topic + random() % 12) % 416);
+    }
+    return prompt;
+  }
+
+  static Request MakeRequest(std::vector<int32_t> prompt, int64_t max_tokens) {
+    Request request;
+    request.request_id = "test";
+    request.prompt = std::move(prompt);
+    request.max_tokens = max_tokens;
+    request.sampling.temperature = 0;
+    return request;
+  }
+
+  static std::shared_ptr<CollectingSink> Start(Engine& engine, Request request,
+                                               RequestHandle* handle = nullptr) {
+    auto sink = std::make_shared<CollectingSink>();
+    auto submitted = engine.Submit(std::move(request), sink);
+    EXPECT_OK(submitted);
+    if (handle != nullptr && submitted.ok()) *handle = *submitted;
+    return sink;
+  }
+
+  static std::vector<int32_t> Generate(Engine& engine, Request request,
+                                       Completion* completion = nullptr) {
+    const auto sink = Start(engine, std::move(request));
+    sink->Wait();
+    EXPECT_OK(sink->status());
+    if (completion != nullptr) *completion = sink->completion();
+    return sink->tokens();
+  }
+
+  /// Lets the engine look at the clock.
+  static void Wake(Engine& engine) { engine.Cancel(RequestHandle{0}); }
+
+  /// Waits until the engine has let go of everything.
+  static void WaitIdle(Engine& engine, const FakeStore& store) {
+    for (int i = 0; i < 100000; ++i) {
+      Wake(engine);
+      const EngineLoad load = engine.load();
+      if (load.running_requests == 0 && load.queued_requests == 0 && store.leases() == 0) return;
+      std::this_thread::yield();
+    }
+    FAIL() << "the engine still holds requests or leases";
+  }
+
+  FakeClock clock_;
+  std::shared_ptr<const Checkpoint> checkpoint_;
+  std::unique_ptr<FakeStore> store_;
+};
+
+TEST_F(EngineTest, FewSlotsGiveTheSameTokensAsAllResident) {
+  Completion resident, offloaded;
+  Worker all = MakeWorker(0);
+  const auto expected = Generate(*all.engine, MakeRequest(Prompt(1500, 1), 80), &resident);
+  all.engine->Stop();
+  auto old = std::move(store_);  // its client still points to it
+  store_ = std::make_unique<FakeStore>(all.client->layout());
+  Worker few = MakeWorker(kFewSlots);
+  const auto actual = Generate(*few.engine, MakeRequest(Prompt(1500, 1), 80), &offloaded);
+  EXPECT_EQ(actual, expected);
+  EXPECT_EQ(expected.size(), 80u);
+  EXPECT_EQ(resident.cache.records_fetched, 0u);
+  EXPECT_GT(offloaded.cache.records_fetched, 0u);
+  EXPECT_EQ(offloaded.cache.records_selected,
+            offloaded.cache.records_resident + offloaded.cache.records_fetched);
+  EXPECT_EQ(offloaded.cache.records_by_in_process, offloaded.cache.records_fetched);
+  EXPECT_EQ(resident.reason, FinishReason::kLength);
+  all.engine->Stop();
+}
+
+TEST_F(EngineTest, SecondWorkerFindsThePrefixAndContinuesAlike) {
+  Worker first = MakeWorker(kFewSlots);
+  const auto expected = Generate(*first.engine, MakeRequest(Prompt(1000, 2), 40));
+  WaitIdle(*first.engine, *store_);
+  // 15 blocks of the prompt; the 40 tokens of output complete one more.
+  EXPECT_EQ(store_->pages(), 16u);
+  Worker second = MakeWorker(kFewSlots);
+  Completion completion;
+  EXPECT_EQ(Generate(*second.engine, MakeRequest(Prompt(1000, 2), 40), &completion), expected);
+  EXPECT_EQ(completion.cached_prompt_tokens, 960);
+  EXPECT_GT(completion.cache.records_fetched, 0u);
+  WaitIdle(*second.engine, *store_);
+  EXPECT_EQ(store_->pages(), 16u);
+}
+
+TEST_F(EngineTest, AnotherSaltSharesNothing) {
+  Worker worker = MakeWorker();
+  Generate(*worker.engine, MakeRequest(Prompt(300, 3), 4));
+  WaitIdle(*worker.engine, *store_);
+  Request salted = MakeRequest(Prompt(300, 3), 4);
+  salted.cache_salt = "tenant";
+  Completion completion;
+  Generate(*worker.engine, std::move(salted), &completion);
+  EXPECT_EQ(completion.cached_prompt_tokens, 0);
+}
+
+TEST_F(EngineTest, ResumedRequestGoesOnLikeTheUndisturbedOne) {
+  Worker worker = MakeWorker(kFewSlots);
+  for (float temperature : {0.0f, 0.9f}) {
+    Request whole = MakeRequest(Prompt(700, 4), 60);
+    whole.sampling.temperature = temperature;
+    whole.sampling.seed = 42;
+    whole.sampling.repetition_penalty = 1.1f;
+    const auto expected = Generate(*worker.engine, whole);
+    Request rest = whole;
+    rest.generated.assign(expected.begin(), expected.begin() + 25);
+    auto actual = rest.generated;
+    for (int32_t token : Generate(*worker.engine, rest)) actual.push_back(token);
+    EXPECT_EQ(actual, expected) << "temperature " << temperature;
+  }
+}
+
+TEST_F(EngineTest, ManyAtOnceGetWhatTheyGetAlone) {
+  Worker worker = MakeWorker(kFewSlots);
+  std::vector<std::vector<int32_t>> expected;
+  for (uint32_t i = 0; i < 6; ++i) {
+    expected.push_back(Generate(*worker.engine, MakeRequest(Prompt(40 + 130 * i, 10 + i), 30)));
+  }
+  // A store that knows nothing, so that all are prefilled again, mixed.
+  auto old = std::move(store_);
+  store_ = std::make_unique<FakeStore>(worker.client->layout());
+  Worker mixed = MakeWorker(kFewSlots);
+  std::vector<std::shared_ptr<CollectingSink>> sinks;
+  for (uint32_t i = 0; i < 6; ++i) {
+    sinks.push_back(Start(*mixed.engine, MakeRequest(Prompt(40 + 130 * i, 10 + i), 30)));
+  }
+  for (uint32_t i = 0; i < 6; ++i) {
+    sinks[i]->Wait();
+    EXPECT_EQ(sinks[i]->tokens(), expected[i]) << i;
+  }
+  WaitIdle(*mixed.engine, *store_);
+  mixed.engine->Stop();
+  worker.engine->Stop();
+}
+
+TEST_F(EngineTest, StopTokenEndsAndIsNotSent) {
+  Worker worker = MakeWorker();
+  const auto free_run = Generate(*worker.engine, MakeRequest(Prompt(100, 5), 20));
+  Request request = MakeRequest(Prompt(100, 5), 20);
+  request.stop_token_ids = {free_run[7]};
+  Completion completion;
+  const auto stopped = Generate(*worker.engine, request, &completion);
+  EXPECT_EQ(completion.reason, FinishReason::kStop);
+  EXPECT_LE(stopped.size(), 7u);
+  EXPECT_EQ(stopped, std::vector<int32_t>(free_run.begin(), free_run.begin() + stopped.size()));
+}
+
+TEST_F(EngineTest, CancelFreesSlotsAndLeases) {
+  Worker worker = MakeWorker(kFewSlots);
+  RequestHandle handle;
+  const auto sink = Start(*worker.engine, MakeRequest(Prompt(600, 6), 4000), &handle);
+  sink->WaitForTokens(5);
+  worker.engine->Cancel(handle);
+  WaitIdle(*worker.engine, *store_);
+  EXPECT_FALSE(sink->ended());
+  // The engine serves on.
+  EXPECT_EQ(Generate(*worker.engine, MakeRequest(Prompt(50, 7), 3)).size(), 3u);
+}
+
+TEST_F(EngineTest, DeadlineEndsRunningAndQueuedRequests) {
+  EngineOptions options;
+  options.max_running = 1;
+  Worker worker = MakeWorker(kFewSlots, 6, options);
+  Request running = MakeRequest(Prompt(100, 8), 8000);
+  running.deadline = clock_.Now() + absl::Hours(1);
+  const auto first = Start(*worker.engine, running);
+  first->WaitForTokens(1);
+  Request queued = MakeRequest(Prompt(100, 9), 10);
+  queued.deadline = clock_.Now() + absl::Hours(1);
+  const auto second = Start(*worker.engine, queued);
+  clock_.Advance(absl::Hours(2));
+  Wake(*worker.engine);
+  first->Wait();
+  second->Wait();
+  EXPECT_THAT(first->status(), StatusIs(absl::StatusCode::kDeadlineExceeded, "deadline"));
+  EXPECT_THAT(second->status(), StatusIs(absl::StatusCode::kDeadlineExceeded, "deadline"));
+  WaitIdle(*worker.engine, *store_);
+}
+
+TEST_F(EngineTest, FullStoreStallsThenFailsOnlyWhoNeedsIt) {
+  Worker worker = MakeWorker(kFewSlots, 4);
+  store_->SetWriteFault(FakeStore::Fault::kFull);
+  // 4 unstored blocks hold 256 tokens: this one needs the store, the other does not.
+  const auto large = Start(*worker.engine, MakeRequest(Prompt(1000, 11), 10));
+  EXPECT_EQ(Generate(*worker.engine, MakeRequest(Prompt(100, 12), 10)).size(), 10u);
+  for (int i = 0; i < 1000 && !large->ended(); ++i) {
+    clock_.Advance(absl::Seconds(1));
+    Wake(*worker.engine);
+    std::this_thread::yield();
+  }
+  large->Wait();
+  EXPECT_THAT(large->status(), StatusIs(absl::StatusCode::kResourceExhausted, "full"));
+  // Room again: served.
+  store_->SetWriteFault(FakeStore::Fault::kNone);
+  EXPECT_EQ(Generate(*worker.engine, MakeRequest(Prompt(1000, 11), 10)).size(), 10u);
+}
+
+TEST_F(EngineTest, StoreThatComesBackInTimeIsNotNoticed) {
+  Worker worker = MakeWorker(kFewSlots, 4);
+  const auto expected = Generate(*worker.engine, MakeRequest(Prompt(800, 13), 20));
+  auto old = std::move(store_);
+  store_ = std::make_unique<FakeStore>(worker.client->layout());
+  store_->SetWriteFault(FakeStore::Fault::kUnavailable);
+  Worker second = MakeWorker(kFewSlots, 4);
+  const auto sink = Start(*second.engine, MakeRequest(Prompt(800, 13), 20));
+  Wake(*second.engine);
+  store_->SetWriteFault(FakeStore::Fault::kNone);
+  for (int i = 0; i < 1000 && !sink->ended(); ++i) {
+    clock_.Advance(absl::Milliseconds(5));
+    Wake(*second.engine);
+    std::this_thread::yield();
+  }
+  sink->Wait();
+  EXPECT_OK(sink->status());
+  EXPECT_EQ(sink->tokens(), expected);
+  second.engine->Stop();
+  worker.engine->Stop();
+}
+
+TEST_F(EngineTest, NoStoreServesWhatFitsAndRefusesTheRest) {
+  Worker worker = MakeWorker(kFewSlots, 4);
+  store_->SetLookupFault(FakeStore::Fault::kUnavailable);
+  store_->SetWriteFault(FakeStore::Fault::kUnavailable);
+  EXPECT_EQ(Generate(*worker.engine, MakeRequest(Prompt(150, 14), 20)).size(), 20u);
+  const auto sink = Start(*worker.engine, MakeRequest(Prompt(1000, 15), 20));
+  sink->Wait();
+  EXPECT_THAT(sink->status(), StatusIs(absl::StatusCode::kUnavailable, "KV store"));
+}
+
+TEST_F(EngineTest, DamagedRecordsFailTheRequestThatReadsThem) {
+  Worker worker = MakeWorker(kFewSlots);
+  Generate(*worker.engine, MakeRequest(Prompt(1000, 16), 4));
+  WaitIdle(*worker.engine, *store_);
+  store_->CorruptRecords();
+  const auto sink = Start(*worker.engine, MakeRequest(Prompt(1000, 16), 4));
+  EXPECT_EQ(Generate(*worker.engine, MakeRequest(Prompt(200, 17), 4)).size(), 4u);
+  sink->Wait();
+  EXPECT_THAT(sink->status(), StatusIs(absl::StatusCode::kDataLoss, "checksum"));
+  WaitIdle(*worker.engine, *store_);
+}
+
+TEST_F(EngineTest, StoreLostInTheMiddleFailsTheRequestNotTheWorker) {
+  Worker worker = MakeWorker(kFewSlots);
+  const auto sink = Start(*worker.engine, MakeRequest(Prompt(1500, 18), 6000));
+  sink->WaitForTokens(3);
+  store_->SetReadFault(FakeStore::Fault::kUnavailable);
+  sink->Wait();
+  EXPECT_THAT(sink->status(), StatusIs(absl::StatusCode::kUnavailable, "fake store is down"));
+  EXPECT_EQ(Generate(*worker.engine, MakeRequest(Prompt(60, 19), 4)).size(), 4u);
+}
+
+TEST_F(EngineTest, MemoryForOneLetsTheOtherWait) {
+  const kvstore::PageLayout layout = *CpuBackend::LayoutFor(checkpoint_->config());
+  const int64_t one = SequenceCache::BytesNeeded(layout, 320, 5, 4);
+  Worker worker = MakeWorker(0, 4, {}, one + one / 2);
+  const auto first = Start(*worker.engine, MakeRequest(Prompt(300, 20), 20));
+  const auto second = Start(*worker.engine, MakeRequest(Prompt(300, 21), 20));
+  first->Wait();
+  second->Wait();
+  EXPECT_OK(first->status());
+  EXPECT_OK(second->status());
+  // One that could never fit is told so at once.
+  const auto third = Start(*worker.engine, MakeRequest(Prompt(4000, 22), 20));
+  third->Wait();
+  EXPECT_THAT(third->status(), StatusIs(absl::StatusCode::kInvalidArgument, "bytes of cache"));
+}
+
+TEST_F(EngineTest, BadRequestsAreRefused) {
+  Worker worker = MakeWorker();
+  const auto refuse = [&](Request request) {
+    return worker.engine->Submit(std::move(request), std::make_shared<CollectingSink>()).status();
+  };
+  EXPECT_THAT(refuse(MakeRequest({}, 5)),
+              StatusIs(absl::StatusCode::kInvalidArgument, "prompt_tokens is empty"));
+  EXPECT_THAT(refuse(MakeRequest({1, 416}, 5)),
+              StatusIs(absl::StatusCode::kInvalidArgument, "token 416: must be 0 to 415"));
+  EXPECT_THAT(refuse(MakeRequest({1, -1}, 5)),
+              StatusIs(absl::StatusCode::kInvalidArgument, "token -1"));
+  EXPECT_THAT(refuse(MakeRequest({1}, 0)),
+              StatusIs(absl::StatusCode::kInvalidArgument, "max_tokens = 0"));
+  EXPECT_THAT(refuse(MakeRequest(Prompt(8000, 1), 193)),
+              StatusIs(absl::StatusCode::kInvalidArgument, "together at most 8192"));
+  worker.engine->Drain();
+  EXPECT_THAT(refuse(MakeRequest({1}, 1)),
+              StatusIs(absl::StatusCode::kFailedPrecondition, "draining"));
+}
+
+TEST_F(EngineTest, FullQueueRefuses) {
+  EngineOptions options;
+  options.max_running = 1;
+  options.max_queued = 2;
+  Worker worker = MakeWorker(0, 6, options);
+  const auto running = Start(*worker.engine, MakeRequest(Prompt(10, 1), 5000));
+  running->WaitForTokens(1);
+  const auto second = Start(*worker.engine, MakeRequest(Prompt(10, 2), 1));
+  const auto third = Start(*worker.engine, MakeRequest(Prompt(10, 3), 1));
+  EXPECT_THAT(worker.engine->Submit(MakeRequest(Prompt(10, 4), 1),
+                                    std::make_shared<CollectingSink>()),
+              StatusIs(absl::StatusCode::kResourceExhausted, "queue of 2"));
+}
+
+TEST_F(EngineTest, StopFailsWhatRunsAndAnswersEverybody) {
+  Worker worker = MakeWorker(kFewSlots);
+  std::vector<std::shared_ptr<CollectingSink>> sinks;
+  for (int i = 0; i < 5; ++i) {
+    sinks.push_back(Start(*worker.engine, MakeRequest(Prompt(500, 30 + i), 4000)));
+  }
+  sinks[0]->WaitForTokens(1);
+  worker.engine->Stop();
+  for (const auto& sink : sinks) {
+    sink->Wait();
+    EXPECT_THAT(sink->status(), StatusIs(absl::StatusCode::kUnavailable, "stopping"));
+  }
+  EXPECT_EQ(store_->leases(), 0u);
+  EXPECT_FALSE(worker.engine->Submit(MakeRequest({1}, 1), std::make_shared<CollectingSink>()).ok());
+}
+
+}  // namespace
+}  // namespace nosara::worker

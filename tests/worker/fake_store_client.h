@@ -1,0 +1,195 @@
+// A StoreClient in memory, with faults on demand.
+#pragma once
+
+#include <cstring>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/synchronization/mutex.h"
+#include "base/bounded_queue.h"
+#include "base/check.h"
+#include "kvstore/api/store_client.h"
+
+namespace nosara::worker {
+
+/// What several FakeStoreClients share: the pages of one store. Thread-safe.
+class FakeStore final {
+ public:
+  explicit FakeStore(const kvstore::PageLayout& layout) : layout_(layout) {}
+
+  enum class Fault { kNone, kUnavailable, kFull };
+  void SetWriteFault(Fault fault) { Set(write_fault_, fault); }
+  void SetLookupFault(Fault fault) { Set(lookup_fault_, fault); }
+  void SetReadFault(Fault fault) { Set(read_fault_, fault); }
+
+  size_t pages() const {
+    absl::MutexLock lock(&mu_);
+    return pages_.size();
+  }
+  size_t leases() const {
+    absl::MutexLock lock(&mu_);
+    return leases_.size();
+  }
+  /// Flips a bit of every record; prefixes stay right.
+  void CorruptRecords() {
+    absl::MutexLock lock(&mu_);
+    for (auto& [key, page] : pages_) {
+      for (int r = 0; r < layout_.num_records(); ++r) {
+        page.bytes[layout_.record_offset(r)] ^= std::byte{1};
+      }
+    }
+  }
+
+ private:
+  friend class FakeStoreClient;
+  struct Page {
+    uint64_t generation = 0;
+    std::vector<std::byte> bytes;
+  };
+
+  void Set(Fault& member, Fault fault) {
+    absl::MutexLock lock(&mu_);
+    member = fault;
+  }
+  static absl::Status ToStatus(Fault fault) {
+    if (fault == Fault::kUnavailable) return absl::UnavailableError("fake store is down");
+    if (fault == Fault::kFull) return absl::ResourceExhaustedError("fake store is full");
+    return absl::OkStatus();
+  }
+
+  const kvstore::PageLayout layout_;
+  mutable absl::Mutex mu_;
+  absl::flat_hash_map<kvstore::PageKey, Page> pages_ ABSL_GUARDED_BY(mu_);
+  absl::flat_hash_set<uint64_t> leases_ ABSL_GUARDED_BY(mu_);
+  uint64_t next_ ABSL_GUARDED_BY(mu_) = 1;
+  Fault write_fault_ ABSL_GUARDED_BY(mu_) = Fault::kNone;
+  Fault lookup_fault_ ABSL_GUARDED_BY(mu_) = Fault::kNone;
+  Fault read_fault_ ABSL_GUARDED_BY(mu_) = Fault::kNone;
+};
+
+/// Completes everything in order on a thread of its own, as the contract says.
+class FakeStoreClient final : public kvstore::StoreClient {
+ public:
+  explicit FakeStoreClient(FakeStore* store) : store_(store), queue_(1 << 16) {
+    thread_ = std::thread([this] {
+      while (auto work = queue_.Pop()) std::move (*work)();
+    });
+  }
+  ~FakeStoreClient() override { Close(); }
+
+  const kvstore::PageLayout& layout() const override { return store_->layout_; }
+
+  void Lookup(std::vector<kvstore::PageKey> keys, Done<kvstore::LookupResult> done) override {
+    Post([this, keys = std::move(keys), done = std::move(done)]() mutable {
+      absl::StatusOr<kvstore::LookupResult> result = DoLookup(keys);
+      std::move(done)(std::move(result));
+    });
+  }
+  void Write(kvstore::ChainPosition position, std::vector<kvstore::PageWrite> pages,
+             Done<kvstore::WriteResult> done) override {
+    Post([this, pages = std::move(pages), done = std::move(done)]() mutable {
+      absl::StatusOr<kvstore::WriteResult> result = DoWrite(pages);
+      std::move(done)(std::move(result));
+    });
+  }
+  void ReadPrefixes(std::vector<kvstore::PrefixRead> reads, DoneStatus done) override {
+    Post([this, reads = std::move(reads), done = std::move(done)]() mutable {
+      std::move(done)(DoReadPrefixes(reads));
+    });
+  }
+  void ReadRecords(std::vector<kvstore::RecordRead> reads, DoneStatus done) override {
+    Post([this, reads = std::move(reads), done = std::move(done)]() mutable {
+      std::move(done)(DoReadRecords(reads));
+    });
+  }
+  void Release(std::vector<kvstore::LeaseId> leases) override {
+    absl::MutexLock lock(&store_->mu_);
+    for (kvstore::LeaseId lease : leases) store_->leases_.erase(lease.value);
+  }
+  absl::Status CheckLease(kvstore::LeaseId lease) const override { return absl::OkStatus(); }
+  kvstore::Path PathTo(kvstore::StoreId store) const override {
+    return kvstore::Path::kInProcess;
+  }
+  kvstore::ClientStats stats() const override { return {}; }
+  void Close() override {
+    queue_.Close();
+    if (thread_.joinable()) thread_.join();
+  }
+
+ private:
+  using Work = absl::AnyInvocable<void() &&>;
+  void Post(Work work) { CHECK(queue_.TryPush(std::move(work))); }
+
+  absl::StatusOr<kvstore::LookupResult> DoLookup(const std::vector<kvstore::PageKey>& keys) {
+    absl::MutexLock lock(&store_->mu_);
+    if (absl::Status fault = FakeStore::ToStatus(store_->lookup_fault_); !fault.ok()) return fault;
+    kvstore::LookupResult result;
+    for (const kvstore::PageKey& key : keys) {
+      const auto page = store_->pages_.find(key);
+      if (page == store_->pages_.end()) break;
+      result.pages.push_back({key, {}, 0, page->second.generation});
+    }
+    if (!result.pages.empty()) result.leases.push_back(NewLease());
+    return result;
+  }
+  absl::StatusOr<kvstore::WriteResult> DoWrite(const std::vector<kvstore::PageWrite>& pages) {
+    absl::MutexLock lock(&store_->mu_);
+    if (absl::Status fault = FakeStore::ToStatus(store_->write_fault_); !fault.ok()) return fault;
+    kvstore::WriteResult result;
+    for (const kvstore::PageWrite& write : pages) {
+      auto [page, added] = store_->pages_.try_emplace(write.key);
+      if (added) {
+        page->second.generation = store_->next_++;
+        kvstore::SealPage(store_->layout_, write.key, page->second.generation, write.tokens,
+                          write.bytes);
+        page->second.bytes.assign(write.bytes.begin(), write.bytes.end());
+      }
+      result.pages.push_back({write.key, {}, 0, page->second.generation});
+      result.already_stored.push_back(added ? 0 : 1);
+    }
+    result.leases.push_back(NewLease());
+    return result;
+  }
+  absl::Status DoReadPrefixes(const std::vector<kvstore::PrefixRead>& reads) {
+    absl::MutexLock lock(&store_->mu_);
+    if (absl::Status fault = FakeStore::ToStatus(store_->read_fault_); !fault.ok()) return fault;
+    for (const kvstore::PrefixRead& read : reads) {
+      const auto page = store_->pages_.find(read.page.key);
+      if (page == store_->pages_.end()) return absl::NotFoundError("page");
+      std::memcpy(read.landing.data(), page->second.bytes.data(), read.landing.size());
+    }
+    return absl::OkStatus();
+  }
+  absl::Status DoReadRecords(const std::vector<kvstore::RecordRead>& reads) {
+    absl::MutexLock lock(&store_->mu_);
+    if (absl::Status fault = FakeStore::ToStatus(store_->read_fault_); !fault.ok()) return fault;
+    for (const kvstore::RecordRead& read : reads) {
+      const auto page = store_->pages_.find(read.page.key);
+      if (page == store_->pages_.end()) return absl::NotFoundError("page");
+      std::memcpy(read.landing.data(),
+                  page->second.bytes.data() + store_->layout_.record_offset(read.record),
+                  read.landing.size());
+      if (kvstore::PageChecksum(read.page.key, read.page.generation, read.record, read.landing) !=
+          read.checksum) {
+        return absl::DataLossError("record checksum differs");
+      }
+    }
+    return absl::OkStatus();
+  }
+  kvstore::LeaseId NewLease() ABSL_EXCLUSIVE_LOCKS_REQUIRED(store_->mu_) {
+    const uint64_t lease = store_->next_++;
+    store_->leases_.insert(lease);
+    return {lease};
+  }
+
+  FakeStore* const store_;
+  BoundedQueue<Work> queue_;
+  std::thread thread_;
+};
+
+}  // namespace nosara::worker
