@@ -107,6 +107,9 @@ class Checker:
         if header.startswith(("cuda", "cublas", "nccl")) and not in_tests:
             if not path.startswith(("kernels/", "worker/backend/")):
                 self.report(path, line, f"<{header}>: only in kernels and worker/backend")
+        if header.startswith("sentencepiece") and path != "text/sentencepiece_plugin.cc":
+            self.report(path, line, f"<{header}>: only in text/sentencepiece_plugin.cc, which has a "
+                                    "symbol scope of its own")
         if path.startswith("kernels/") and header.startswith(("absl/", "spdlog/", "google/")):
             self.report(path, line, f"<{header}>: kernels use the CUDA runtime and std only")
         if in_tests or path.startswith("tools/"):
@@ -153,6 +156,8 @@ PLANTED = {
     "base/bad.cc": ('#include "worker/model/config.h"\n', "base may include"),
     "base/environment.cc": ('const char* p = getenv("HOME");\n', "getenv"),
     "text/good.cc": ('// getenv and <<< in a comment\nconst char* s = "getenv <<<";\n', None),
+    "text/sentencepiece_plugin.cc": ("#include <sentencepiece_processor.h>\n", None),
+    "text/tokenizer.cc": ("#include <sentencepiece_processor.h>\n", "symbol scope"),
     "text/bad.cc": ('#include "kvstore/api/layout.h"\n', "text may include"),
     "kernels/pool/pool.cu": ("void f() { g<<<1, 2>>>(); }\n", None),
     "kernels/pool/pool.h": ('#include "absl/status/status.h"\n', "std only"),
