@@ -51,7 +51,7 @@ absl::StatusOr<UcxContext> UcxContext::Create(const std::string& tls) {
   }
   ucp_params_t params = {};
   params.field_mask = UCP_PARAM_FIELD_FEATURES;
-  params.features = UCP_FEATURE_RMA | UCP_FEATURE_WAKEUP;
+  params.features = UCP_FEATURE_RMA | UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
   ucp_context_h context = nullptr;
   RETURN_IF_ERROR(UcxStatus(
       ucp_init(&params, config.get(), &context),

@@ -17,7 +17,8 @@ namespace nosara::kvstore {
 /// UNAVAILABLE, cancellation CANCELLED.
 absl::Status UcxStatus(ucs_status_t status, const std::string& what);
 
-/// One UCX context for one-sided accesses, with wake-up. Used by one thread at a time.
+/// One UCX context for one-sided accesses and active messages, with wake-up. Used by one thread at
+/// a time.
 class UcxContext final {
  public:
   /// `tls`: transports in UCX's notation; empty leaves the choice to UCX (and to the environment).

@@ -10,9 +10,13 @@
 
 namespace nosara::kvstore {
 
-/// Registers an arena with UCX and progresses it on a thread of its own, because transports without
-/// hardware support (TCP, shared memory) need the target to answer. The thread sleeps while nothing
-/// happens. Immutable after Create; thread-safe. The arena must outlive it.
+/// Registers an arena with UCX, for one-sided accesses by hardware, and answers the messages of
+/// clients without such hardware (ucx_messages.h) on a thread of its own. The thread sleeps while
+/// nothing happens. Immutable after Create; thread-safe. The arena must outlive it.
+///
+/// A client may die or misbehave at any time: its endpoint is closed, requests outside the arena
+/// are refused. (A client that makes UCX emulate ucp_get over TCP, as none of ours does, can still
+/// end the process by dying: so does UCX.)
 class UcxTarget final {
  public:
   /// `tls`: UCX transports; empty leaves the choice to UCX. UNAVAILABLE when UCX does not start

@@ -10,11 +10,14 @@
 namespace nosara::kvstore {
 
 /// `tls`: transports in UCX's notation ("tcp", "sm,self,tcp"); empty leaves the choice to UCX.
-/// When it names shared-memory transports only ("sm,self"), UCX cannot tell that a peer has died:
-/// then only the caller's own timeout and Close() end what is in flight. When it names others too,
-/// UCX of this version leaves shared memory aside, because it can tell nothing there.
-/// Writes complete when the target has them: puts of one turn share one flush.
 /// UNAVAILABLE when UCX does not start with these transports.
+///
+/// How the bytes travel: with RDMA hardware by ucp_get and ucp_put (puts of one turn share one
+/// flush, so that a write completes when the target has it); by active messages over everything
+/// else that can tell the death of a peer, that is TCP (why: ucx_messages.h). When `tls` names
+/// shared-memory transports only, which cannot tell, again by ucp_get and ucp_put: then only the
+/// caller's own timeout and Close() end what is in flight to a dead peer. When it names others too,
+/// UCX 1.13 leaves shared memory aside.
 absl::StatusOr<std::unique_ptr<Transport>> CreateUcxTransport(const std::string& tls);
 
 }  // namespace nosara::kvstore
