@@ -1,7 +1,9 @@
 #include "client/client.h"
 
+#include <grpc/grpc.h>
 #include <grpcpp/grpcpp.h>
 
+#include <mutex>
 #include <utility>
 
 #include "absl/strings/cord.h"
@@ -15,6 +17,13 @@ namespace {
 constexpr char kRetryDelayMetadata[] = "retry-delay-ms";
 constexpr char kRetryDelayPayload[] = "nosara/retry-delay-ms";
 constexpr char kNoServerPayload[] = "nosara/no-server";
+
+// Never undone: when its last object dies, gRPC waits up to 10 s for a poller of its own, and a
+// command would hang before it exits.
+void KeepGrpcRunning() {
+  static std::once_flag once;
+  std::call_once(once, grpc_init);
+}
 
 void SetTimeout(grpc::ClientContext& context, absl::Duration timeout) {
   if (timeout != absl::InfiniteDuration()) {
@@ -42,8 +51,7 @@ class Client::Impl final {
       result.SetPayload(kNoServerPayload, absl::Cord());
       return result;
     }
-    absl::Status result(static_cast<absl::StatusCode>(status.error_code()),
-                        status.error_message());
+    absl::Status result(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
     const auto& trailer = context.GetServerTrailingMetadata();
     if (const auto delay = trailer.find(kRetryDelayMetadata); delay != trailer.end()) {
       result.SetPayload(kRetryDelayPayload,
@@ -61,11 +69,13 @@ Client::Client(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Client::~Client() = default;
 
 absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const std::string& address) {
+  KeepGrpcRunning();
   if (address.empty()) return absl::InvalidArgumentError("address: empty; must be host:port");
   return Over(grpc::CreateChannel(address, grpc::InsecureChannelCredentials()), address);
 }
 
 std::unique_ptr<Client> Client::Over(std::shared_ptr<grpc::Channel> channel, std::string name) {
+  KeepGrpcRunning();
   return std::unique_ptr<Client>(
       new Client(std::make_unique<Impl>(std::move(channel), std::move(name))));
 }

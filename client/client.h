@@ -47,7 +47,8 @@ class Client final {
   /// Called with each event, in the order of inference.proto, on the caller's thread.
   using OnEvent = std::function<Continue(const inference::v1::GenerateResponse&)>;
 
-  /// Runs one generation. OK after Finished; CANCELLED after kNo; DEADLINE_EXCEEDED after `timeout`.
+  /// Runs one generation. OK after Finished; CANCELLED after kNo; DEADLINE_EXCEEDED after
+  /// `timeout`.
   absl::Status Generate(const inference::v1::GenerateRequest& request, const OnEvent& on_event,
                         absl::Duration timeout = absl::InfiniteDuration());
 

@@ -19,7 +19,8 @@ std::optional<int> ParseFlags(const FlagSet& flags, absl::string_view usage,
                               std::vector<std::string>* positional) {
   const auto wants_help = [](const std::string& arg) { return arg == "--help" || arg == "-h"; };
   if (std::any_of(args.begin(), args.end(), wants_help)) {
-    std::cout << usage << "\nFlags:\n" << flags.Help()
+    std::cout << usage << "\nFlags:\n"
+              << flags.Help()
               << "\nExit codes: 0 done; 1 refused or failed; 2 wrong usage; 3 no server, worker or "
                  "room now.\n";
     return kExitOk;

@@ -26,8 +26,8 @@ absl::Status ParseInteger(const std::string& value, T* target) {
 
 void FlagSet::AddFlag(absl::string_view name, absl::string_view help, std::string default_value,
                       Setter set) {
-  flags_.push_back({std::string(name), std::string(help), std::move(default_value), false,
-                    std::move(set), ""});
+  flags_.push_back(
+      {std::string(name), std::string(help), std::move(default_value), false, std::move(set), ""});
 }
 
 void FlagSet::Add(absl::string_view name, std::string* target, absl::string_view help) {
@@ -66,8 +66,7 @@ void FlagSet::Add(absl::string_view name, std::optional<float>* target, absl::st
   });
 }
 
-void FlagSet::Add(absl::string_view name, std::optional<uint32_t>* target,
-                  absl::string_view help) {
+void FlagSet::Add(absl::string_view name, std::optional<uint32_t>* target, absl::string_view help) {
   AddFlag(name, help, "", [target](const std::string& value) {
     uint32_t parsed = 0;
     RETURN_IF_ERROR(ParseInteger(value, &parsed));
@@ -76,8 +75,7 @@ void FlagSet::Add(absl::string_view name, std::optional<uint32_t>* target,
   });
 }
 
-void FlagSet::Add(absl::string_view name, std::optional<uint64_t>* target,
-                  absl::string_view help) {
+void FlagSet::Add(absl::string_view name, std::optional<uint64_t>* target, absl::string_view help) {
   AddFlag(name, help, "", [target](const std::string& value) {
     uint64_t parsed = 0;
     RETURN_IF_ERROR(ParseInteger(value, &parsed));

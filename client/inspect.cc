@@ -21,8 +21,7 @@ int RunModels(const std::vector<std::string>& args) {
   if (!client.ok()) return Report(client.status());
   const auto models = (*client)->ListModels();
   if (!models.ok()) return Report(models.status());
-  std::cout << absl::StrFormat("%-32s %8s %10s %7s\n", "MODEL", "CONTEXT", "VOCABULARY",
-                               "WORKERS");
+  std::cout << absl::StrFormat("%-32s %8s %10s %7s\n", "MODEL", "CONTEXT", "VOCABULARY", "WORKERS");
   for (const inference::v1::Model& model : *models) {
     std::cout << absl::StrFormat("%-32s %8d %10d %7d\n", model.name(), model.max_context_tokens(),
                                  model.vocab_size(), model.ready_workers());

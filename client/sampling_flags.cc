@@ -6,8 +6,7 @@ void SamplingFlags::AddTo(FlagSet* flags) {
   flags->Add("model", &model, "name of the model; not needed where only one is served");
   flags->Add("max_tokens", &max_tokens,
              "longest output in tokens, 1 or more; absent: 256, or what the context leaves");
-  flags->Add("temperature", &temperature,
-             "0 to 100; 0: always the most probable token; absent: 1");
+  flags->Add("temperature", &temperature, "0 to 100; 0: always the most probable token; absent: 1");
   flags->Add("top_k", &top_k, "only the k most probable tokens; 0 or absent: all");
   flags->Add("top_p", &top_p,
              "only the most probable tokens that add up to p; above 0 to 1; absent: 1");

@@ -103,8 +103,7 @@ void StreamPrinter::End() {
       *out_ << absl::StrFormat("%8.4f  %6d  \"%s\"", token.logprob(), token.token_id(),
                                absl::Utf8SafeCEscape(token.text()));
       for (const auto& top : token.top()) {
-        *out_ << absl::StrFormat("  \"%s\" %.4f", absl::Utf8SafeCEscape(top.text()),
-                                 top.logprob());
+        *out_ << absl::StrFormat("  \"%s\" %.4f", absl::Utf8SafeCEscape(top.text()), top.logprob());
       }
       *out_ << "\n";
     }

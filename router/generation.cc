@@ -44,8 +44,7 @@ absl::StatusOr<ModelLimits> LimitsOf(const ClusterSnapshot& cluster, const std::
   }
   if (limits.max_context_tokens == 0) {
     return absl::UnavailableError(absl::StrCat("no worker is ready for model '", model, "' (",
-                                               cluster.workers.size(),
-                                               " known); safe to retry"));
+                                               cluster.workers.size(), " known); safe to retry"));
   }
   return limits;
 }
@@ -65,8 +64,8 @@ void Generation::Start(ReadRequest read_request) {
                                                   " open requests, its limit; retry later")),
         core_->retry_delay));
   }
-  const bool accepted = core_->pool->TrySubmit(
-      [self = shared_from_this(), read_request = std::move(read_request)] {
+  const bool accepted =
+      core_->pool->TrySubmit([self = shared_from_this(), read_request = std::move(read_request)] {
         self->Prepare(read_request);
       });
   if (!accepted) {
@@ -91,13 +90,12 @@ void Generation::Prepare(const ReadRequest& read_request) {
 absl::Status Generation::PrepareRequest(const GenerateRequest& request) {
   RETURN_IF_ERROR(ValidateRequest(request));
   ASSIGN_OR_RETURN(const ServedModel* const model, core_->models->Find(request.model()));
-  ASSIGN_OR_RETURN(const ModelLimits limits,
-                   LimitsOf(core_->membership->Snapshot(), model->name));
+  ASSIGN_OR_RETURN(const ModelLimits limits, LimitsOf(core_->membership->Snapshot(), model->name));
   ASSIGN_OR_RETURN(const std::vector<int32_t> prompt,
                    EncodePrompt(*model->tokenizer, request, limits));
   ExecuteContext context;
-  context.request_id = request.request_id().empty() ? absl::StrFormat("%016x", RandomBits())
-                                                    : request.request_id();
+  context.request_id =
+      request.request_id().empty() ? absl::StrFormat("%016x", RandomBits()) : request.request_id();
   context.model = model->name;
   context.seed = request.sampling().has_seed() ? request.sampling().seed() : RandomBits();
   context.limits = limits;
@@ -130,10 +128,9 @@ void Generation::Place() {
   const ClusterSnapshot cluster = core_->membership->Snapshot();
   const std::optional<size_t> choice = core_->policy->Choose(facts_, cluster);
   if (!choice) {
-    return Fail(absl::UnavailableError(
-        absl::StrCat("no worker is ready for model '", facts_.model, "' (", cluster.workers.size(),
-                     " known, ", facts_.excluded_addresses.size(),
-                     " refused the request); safe to retry")));
+    return Fail(absl::UnavailableError(absl::StrCat(
+        "no worker is ready for model '", facts_.model, "' (", cluster.workers.size(), " known, ",
+        facts_.excluded_addresses.size(), " refused the request); safe to retry")));
   }
   worker_ = cluster.workers[*choice].handle;
   worker_id_ = cluster.workers[*choice].load.worker_id;
@@ -208,6 +205,10 @@ absl::Status Generation::EndOfWorker(const absl::Status& status) {
   if (IsWorkerLost(status)) {
     return absl::UnavailableError(absl::StrCat(WorkerName(), " was lost after ", tokens,
                                                " tokens; safe to retry (", status.message(), ")"));
+  }
+  if (absl::IsUnavailable(status)) {
+    return absl::UnavailableError(absl::StrCat(WorkerName(), ": ", status.message(), " (after ",
+                                               tokens, " tokens; safe to retry)"));
   }
   return Annotate(status, WorkerName());
 }

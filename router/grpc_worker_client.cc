@@ -14,19 +14,13 @@
 namespace nosara::router {
 namespace {
 
-constexpr char kWorkerMetadata[] = "nosara-worker";
+// How long a worker has to prove that it is alive after a call ended as if it were not.
+constexpr absl::Duration kProbeTimeout = absl::Milliseconds(500);
 
 absl::Status ToStatus(const grpc::Status& status, const grpc::ClientContext& context) {
   if (status.ok()) return absl::OkStatus();
-  const auto& trailer = context.GetServerTrailingMetadata();
-  // Neither is a worker's own word without its metadata: the connection broke, or the worker's
-  // server went down under the call.
-  const bool broken = status.error_code() == grpc::StatusCode::UNAVAILABLE ||
-                      status.error_code() == grpc::StatusCode::CANCELLED;
-  if (broken && trailer.find(kWorkerMetadata) == trailer.end()) {
-    return WorkerLostStatus(status.error_message());
-  }
   absl::Status result(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
+  const auto& trailer = context.GetServerTrailingMetadata();
   const auto delay = trailer.find(kRetryDelayMetadata);
   int64_t milliseconds = 0;
   if (delay != trailer.end() &&
@@ -38,6 +32,56 @@ absl::Status ToStatus(const grpc::Status& status, const grpc::ClientContext& con
   return result;
 }
 
+WorkerLoad FromProto(const worker::v1::GetLoadResponse& response) {
+  WorkerLoad load;
+  load.worker_id = response.worker_id();
+  load.epoch = response.epoch();
+  load.model = response.model();
+  load.model_fingerprint = response.model_fingerprint();
+  load.max_context_tokens = response.max_context_tokens();
+  load.vocab_size = response.vocab_size();
+  load.running_requests = response.running_requests();
+  load.queued_requests = response.queued_requests();
+  load.pending_prefill_tokens = response.pending_prefill_tokens();
+  load.running_tokens = response.running_tokens();
+  load.draining = response.draining();
+  load.unreachable_stores.assign(response.unreachable_stores().begin(),
+                                 response.unreachable_stores().end());
+  return load;
+}
+
+// The stub of one worker, shared by its calls.
+class Connection final : public std::enable_shared_from_this<Connection> {
+ public:
+  explicit Connection(const std::shared_ptr<grpc::Channel>& channel)
+      : stub_(worker::v1::WorkerService::NewStub(channel)) {}
+
+  worker::v1::WorkerService::Stub& stub() const { return *stub_; }
+
+  void GetLoad(absl::Duration timeout, WorkerClient::LoadCallback done) {
+    struct Call {
+      grpc::ClientContext context;
+      worker::v1::GetLoadRequest request;
+      worker::v1::GetLoadResponse response;
+    };
+    auto call = std::make_shared<Call>();
+    call->context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+    stub_->async()->GetLoad(
+        &call->context, &call->request, &call->response,
+        [self = shared_from_this(), call, done = std::move(done)](const grpc::Status& status) {
+          if (status.ok()) return done(FromProto(call->response));
+          // Nothing but a broken connection makes this call unavailable.
+          if (status.error_code() == grpc::StatusCode::UNAVAILABLE) {
+            return done(WorkerLostStatus(status.error_message()));
+          }
+          done(ToStatus(status, call->context));
+        });
+  }
+
+ private:
+  const std::unique_ptr<worker::v1::WorkerService::Stub> stub_;
+};
+
 // One Execute. Owns itself until the observer has heard the end.
 //
 // Invariants: (1) at most one of {a read, the delivery of an event} is under way, so that the
@@ -47,16 +91,17 @@ absl::Status ToStatus(const grpc::Status& status, const grpc::ClientContext& con
 class GrpcWorkerCall final : public WorkerCall,
                              private grpc::ClientReadReactor<worker::v1::ExecuteResponse> {
  public:
-  GrpcWorkerCall(std::shared_ptr<worker::v1::WorkerService::Stub> stub,
-                 worker::v1::ExecuteRequest request, absl::Time deadline,
-                 std::shared_ptr<WorkerCallObserver> observer)
-      : stub_(std::move(stub)), request_(std::move(request)), observer_(std::move(observer)) {
+  GrpcWorkerCall(std::shared_ptr<Connection> connection, worker::v1::ExecuteRequest request,
+                 absl::Time deadline, std::shared_ptr<WorkerCallObserver> observer)
+      : connection_(std::move(connection)),
+        request_(std::move(request)),
+        observer_(std::move(observer)) {
     if (deadline != absl::InfiniteFuture()) context_.set_deadline(absl::ToChronoTime(deadline));
   }
 
   void Start(std::shared_ptr<GrpcWorkerCall> self) {
     self_ = std::move(self);
-    stub_->async()->Execute(&context_, &request_, this);
+    connection_->stub().async()->Execute(&context_, &request_, this);
     AddHold();
     StartCall();
   }
@@ -109,14 +154,30 @@ class GrpcWorkerCall final : public WorkerCall,
   }
 
   void OnDone(const grpc::Status& status) override {
+    absl::Status result = ToStatus(status, context_);
+    bool cancelled = false;
+    {
+      absl::MutexLock lock(&mu_);
+      cancelled = cancelled_;
+    }
+    const bool doubtful = absl::IsUnavailable(result) || absl::IsCancelled(result);
+    if (!doubtful || cancelled) return Deliver(std::move(result));
+    // The worker said so, or its connection broke: gRPC reports both alike. Ask it.
+    connection_->GetLoad(kProbeTimeout, [this, result](absl::StatusOr<WorkerLoad> load) {
+      Deliver(load.ok() && absl::IsUnavailable(result) ? result
+                                                       : WorkerLostStatus(result.message()));
+    });
+  }
+
+  void Deliver(const absl::Status& status) {
     const std::shared_ptr<GrpcWorkerCall> self = std::move(self_);
-    observer_->OnWorkerDone(ToStatus(status, context_));
+    observer_->OnWorkerDone(status);
     // The observer holds the call: without this the two would keep each other for ever.
     observer_.reset();
   }
 
   // Constant after construction.
-  const std::shared_ptr<worker::v1::WorkerService::Stub> stub_;
+  const std::shared_ptr<Connection> connection_;
   const worker::v1::ExecuteRequest request_;
   // Owned by the gRPC reactions.
   grpc::ClientContext context_;
@@ -125,61 +186,32 @@ class GrpcWorkerCall final : public WorkerCall,
   std::shared_ptr<GrpcWorkerCall> self_;
 
   absl::Mutex mu_;
-  bool busy_ ABSL_GUARDED_BY(mu_) = false;       // reading or delivering
-  bool wanted_ ABSL_GUARDED_BY(mu_) = false;     // Next() was called
+  bool busy_ ABSL_GUARDED_BY(mu_) = false;    // reading or delivering
+  bool wanted_ ABSL_GUARDED_BY(mu_) = false;  // Next() was called
   bool cancelled_ ABSL_GUARDED_BY(mu_) = false;
-  bool ended_ ABSL_GUARDED_BY(mu_) = false;      // a read has failed
+  bool ended_ ABSL_GUARDED_BY(mu_) = false;  // a read has failed
 };
-
-WorkerLoad FromProto(const worker::v1::GetLoadResponse& response) {
-  WorkerLoad load;
-  load.worker_id = response.worker_id();
-  load.epoch = response.epoch();
-  load.model = response.model();
-  load.model_fingerprint = response.model_fingerprint();
-  load.max_context_tokens = response.max_context_tokens();
-  load.vocab_size = response.vocab_size();
-  load.running_requests = response.running_requests();
-  load.queued_requests = response.queued_requests();
-  load.pending_prefill_tokens = response.pending_prefill_tokens();
-  load.running_tokens = response.running_tokens();
-  load.draining = response.draining();
-  load.unreachable_stores.assign(response.unreachable_stores().begin(),
-                                 response.unreachable_stores().end());
-  return load;
-}
 
 class GrpcWorkerClient final : public WorkerClient {
  public:
   explicit GrpcWorkerClient(std::shared_ptr<grpc::Channel> channel)
-      : stub_(worker::v1::WorkerService::NewStub(channel)) {}
+      : connection_(std::make_shared<Connection>(std::move(channel))) {}
 
   std::shared_ptr<WorkerCall> Execute(const worker::v1::ExecuteRequest& request,
                                       absl::Time deadline,
                                       std::shared_ptr<WorkerCallObserver> observer) override {
-    auto call = std::make_shared<GrpcWorkerCall>(stub_, request, deadline, std::move(observer));
+    auto call =
+        std::make_shared<GrpcWorkerCall>(connection_, request, deadline, std::move(observer));
     call->Start(call);
     return call;
   }
 
   void GetLoad(absl::Duration timeout, LoadCallback done) override {
-    struct Call {
-      grpc::ClientContext context;
-      worker::v1::GetLoadRequest request;
-      worker::v1::GetLoadResponse response;
-    };
-    auto call = std::make_shared<Call>();
-    call->context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
-    stub_->async()->GetLoad(
-        &call->context, &call->request, &call->response,
-        [stub = stub_, call, done = std::move(done)](const grpc::Status& status) {
-          if (!status.ok()) return done(ToStatus(status, call->context));
-          done(FromProto(call->response));
-        });
+    connection_->GetLoad(timeout, std::move(done));
   }
 
  private:
-  const std::shared_ptr<worker::v1::WorkerService::Stub> stub_;
+  const std::shared_ptr<Connection> connection_;
 };
 
 }  // namespace

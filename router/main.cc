@@ -84,10 +84,10 @@ int main(int argc, char** argv) {
   };
   absl::SetFlagsUsageConfig(usage);
   const std::vector<char*> rest = absl::ParseCommandLine(argc, argv);
-  absl::Status status =
-      rest.size() > 1 ? absl::InvalidArgumentError(absl::StrCat("unknown argument '", rest[1],
-                                                                "'; flags begin with --"))
-                      : nosara::router::Run();
+  absl::Status status = rest.size() > 1
+                            ? absl::InvalidArgumentError(absl::StrCat("unknown argument '", rest[1],
+                                                                      "'; flags begin with --"))
+                            : nosara::router::Run();
   if (status.ok()) return 0;
   std::cerr << "nosara-router: " << status.message() << "\n";
   return 1;

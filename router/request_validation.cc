@@ -43,12 +43,10 @@ absl::Status ValidateSampling(const SamplingParams& sampling) {
                                LowerBound::kExcluded));
   }
   if (sampling.has_presence_penalty()) {
-    RETURN_IF_ERROR(
-        CheckRange("sampling.presence_penalty", sampling.presence_penalty(), -2, 2));
+    RETURN_IF_ERROR(CheckRange("sampling.presence_penalty", sampling.presence_penalty(), -2, 2));
   }
   if (sampling.has_frequency_penalty()) {
-    RETURN_IF_ERROR(
-        CheckRange("sampling.frequency_penalty", sampling.frequency_penalty(), -2, 2));
+    RETURN_IF_ERROR(CheckRange("sampling.frequency_penalty", sampling.frequency_penalty(), -2, 2));
   }
   return absl::OkStatus();
 }
@@ -84,13 +82,11 @@ absl::Status ValidateStops(const GenerateRequest& request) {
 
 absl::Status ValidateRequestId(absl::string_view id) {
   if (id.size() > kMaxRequestIdBytes) {
-    return absl::InvalidArgumentError(absl::StrCat("request_id: ", id.size(),
-                                                   " bytes; at most ", kMaxRequestIdBytes,
-                                                   " are allowed"));
+    return absl::InvalidArgumentError(absl::StrCat("request_id: ", id.size(), " bytes; at most ",
+                                                   kMaxRequestIdBytes, " are allowed"));
   }
-  const bool printable = std::all_of(id.begin(), id.end(), [](char c) {
-    return c >= 0x20 && c <= 0x7e;
-  });
+  const bool printable =
+      std::all_of(id.begin(), id.end(), [](char c) { return c >= 0x20 && c <= 0x7e; });
   if (!printable) {
     return absl::InvalidArgumentError("request_id: only printable ASCII characters are allowed");
   }
@@ -102,8 +98,7 @@ absl::Status CheckTextBytes(absl::string_view field, uint64_t bytes, const Model
   if (bytes <= most) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat(
       field, ": ", bytes, " bytes of text; at most ", most, " bytes (", kMaxBytesPerToken,
-      " for each token of the model's context of ", limits.max_context_tokens,
-      ") are allowed"));
+      " for each token of the model's context of ", limits.max_context_tokens, ") are allowed"));
 }
 
 absl::StatusOr<std::vector<int32_t>> EncodeText(const text::Tokenizer& tokenizer,
@@ -159,9 +154,9 @@ absl::StatusOr<std::vector<int32_t>> CheckTokenIds(const inference::v1::TokenIds
 absl::StatusOr<uint32_t> OutputTokens(const GenerateRequest& request, size_t prompt_tokens,
                                       uint32_t max_context_tokens) {
   if (prompt_tokens >= max_context_tokens) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "prompt: ", prompt_tokens, " tokens; the model's context of ", max_context_tokens,
-        " tokens allows at most ", max_context_tokens - 1));
+    return absl::InvalidArgumentError(
+        absl::StrCat("prompt: ", prompt_tokens, " tokens; the model's context of ",
+                     max_context_tokens, " tokens allows at most ", max_context_tokens - 1));
   }
   const uint32_t left = max_context_tokens - static_cast<uint32_t>(prompt_tokens);
   if (!request.has_max_tokens()) return std::min(kDefaultMaxTokens, left);
@@ -225,9 +220,8 @@ absl::StatusOr<std::vector<int32_t>> EncodePrompt(const text::Tokenizer& tokeniz
 absl::StatusOr<worker::v1::ExecuteRequest> BuildExecuteRequest(
     const GenerateRequest& request, absl::Span<const int32_t> prompt_tokens,
     const ExecuteContext& context) {
-  ASSIGN_OR_RETURN(
-      const uint32_t max_tokens,
-      OutputTokens(request, prompt_tokens.size(), context.limits.max_context_tokens));
+  ASSIGN_OR_RETURN(const uint32_t max_tokens,
+                   OutputTokens(request, prompt_tokens.size(), context.limits.max_context_tokens));
   worker::v1::ExecuteRequest execute;
   execute.set_request_id(context.request_id);
   execute.set_model(context.model);

@@ -1,5 +1,6 @@
 #include "router/router_server.h"
 
+#include <grpc/grpc.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
@@ -21,8 +22,8 @@ constexpr char kServiceName[] = "nosara.inference.v1.InferenceService";
 
 absl::Status CheckAtLeast(absl::string_view field, int64_t value, int64_t low) {
   if (value >= low) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(field, ": ", value, "; must be ", low,
-                                                 " or more"));
+  return absl::InvalidArgumentError(
+      absl::StrCat(field, ": ", value, "; must be ", low, " or more"));
 }
 
 absl::Status CheckAddress(absl::string_view field, const std::string& address) {
@@ -108,8 +109,8 @@ absl::Status RouterServer::Start(const RouterServerOptions& options) {
 
   std::vector<std::shared_ptr<WorkerHandle>> workers;
   for (const std::string& address : options.worker_addresses) {
-    workers.push_back(std::make_shared<WorkerHandle>(
-        address, MakeGrpcWorkerClient(MakeWorkerChannel(address))));
+    workers.push_back(
+        std::make_shared<WorkerHandle>(address, MakeGrpcWorkerClient(MakeWorkerChannel(address))));
   }
   for (const auto& [name, channel] : options.worker_channels) {
     workers.push_back(std::make_shared<WorkerHandle>(name, MakeGrpcWorkerClient(channel)));
@@ -118,12 +119,13 @@ absl::Status RouterServer::Start(const RouterServerOptions& options) {
   membership.poll_interval = options.poll_interval;
   membership.stale_after = options.stale_after;
   membership.on_change = [health = health_](int usable) { health->SetUsableWorkers(usable); };
-  core_->membership =
-      std::make_unique<StaticMembership>(std::move(workers), std::move(membership));
+  core_->membership = std::make_unique<StaticMembership>(std::move(workers), std::move(membership));
 
-  // Both are switches of the whole process, for the servers built after them.
+  // Switches of the whole process, for the servers built after them.
   static std::once_flag once;
   std::call_once(once, [] {
+    // Never undone: when its last object dies, gRPC waits up to 10 s for a poller of its own.
+    grpc_init();
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   });

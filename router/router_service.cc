@@ -42,8 +42,8 @@ absl::Status Parse(const grpc::ByteBuffer& bytes, google::protobuf::Message* mes
   grpc::Slice slice;
   const grpc::Status status = bytes.DumpToSingleSlice(&slice);
   if (!status.ok()) return absl::InternalError(status.error_message());
-  return ParseRequest(
-      absl::string_view(reinterpret_cast<const char*>(slice.begin()), slice.size()), message);
+  return ParseRequest(absl::string_view(reinterpret_cast<const char*>(slice.begin()), slice.size()),
+                      message);
 }
 
 grpc::ByteBuffer Serialize(const google::protobuf::Message& message) {
@@ -120,17 +120,17 @@ class RouterService final : public ServiceBase {
                                      const grpc::ByteBuffer* request,
                                      grpc::ByteBuffer* response) override {
     grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-    const bool accepted = core_->pool->TrySubmit([core = core_, context, request, response,
-                                                  reactor] {
-      const auto result = nosara::router::Tokenize(*core, *request);
-      if (result.ok()) *response = Serialize(*result);
-      reactor->Finish(ToGrpcStatus(result.status(), context));
-    });
+    const bool accepted =
+        core_->pool->TrySubmit([core = core_, context, request, response, reactor] {
+          const auto result = nosara::router::Tokenize(*core, *request);
+          if (result.ok()) *response = Serialize(*result);
+          reactor->Finish(ToGrpcStatus(result.status(), context));
+        });
     if (!accepted) {
       reactor->Finish(ToGrpcStatus(
-          WithRetryDelay(absl::ResourceExhaustedError(
-                             "too many prompts wait to be tokenized; retry later"),
-                         core_->retry_delay),
+          WithRetryDelay(
+              absl::ResourceExhaustedError("too many prompts wait to be tokenized; retry later"),
+              core_->retry_delay),
           context));
     }
     return reactor;

@@ -30,7 +30,8 @@ absl::Status StreamState::OnWorkerEvent(const ExecuteResponse& event,
     started.set_seed(config_.seed);
     return absl::OkStatus();
   }
-  if (!started_) return absl::InternalError("the worker sent output before it accepted the request");
+  if (!started_)
+    return absl::InternalError("the worker sent output before it accepted the request");
   switch (event.event_case()) {
     case ExecuteResponse::kPrefillProgress:
       *responses->emplace_back().mutable_prefill_progress() = event.prefill_progress();

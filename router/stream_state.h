@@ -1,4 +1,5 @@
-// From the events of a worker to the events of a client: text, stop texts, log-probabilities, usage.
+// From the events of a worker to the events of a client: text, stop texts, log-probabilities,
+// usage.
 #pragma once
 
 #include <cstdint>

@@ -137,8 +137,7 @@ TEST(ClientTest, AServersUnavailableIsNotAMissingServer) {
 TEST(ClientTest, NoServerIsNamed) {
   ASSERT_OK_AND_ASSIGN(const auto client, Client::Connect("127.0.0.1:1"));
   const auto models = client->ListModels(absl::Seconds(60));
-  EXPECT_THAT(models, StatusIs(absl::StatusCode::kUnavailable,
-                               "no server answers at 127.0.0.1:1"));
+  EXPECT_THAT(models, StatusIs(absl::StatusCode::kUnavailable, "no server answers at 127.0.0.1:1"));
   EXPECT_TRUE(IsNoServer(models.status()));
   EXPECT_THAT(Client::Connect(""), StatusIs(absl::StatusCode::kInvalidArgument, "address"));
 }

@@ -41,11 +41,10 @@ class FlagsTest : public ::testing::Test {
 };
 
 TEST_F(FlagsTest, AllForms) {
-  ASSERT_OK_AND_ASSIGN(
-      const auto rest,
-      set_.Parse({"--name=a=b", "first", "--noverbose", "--count", "-7", "--wait=250ms",
-                  "--temperature=0.5", "--top-k=4", "--seed=18446744073709551615", "--stop=x",
-                  "--stop", "--", "--", "--name=c"}));
+  ASSERT_OK_AND_ASSIGN(const auto rest, set_.Parse({"--name=a=b", "first", "--noverbose", "--count",
+                                                    "-7", "--wait=250ms", "--temperature=0.5",
+                                                    "--top-k=4", "--seed=18446744073709551615",
+                                                    "--stop=x", "--stop", "--", "--", "--name=c"}));
   EXPECT_THAT(rest, ElementsAre("first", "--name=c"));
   EXPECT_EQ(name_, "a=b");
   EXPECT_FALSE(verbose_);

@@ -66,8 +66,8 @@ class Walker {
     CheckComment(type, "enum");
     for (int i = 0; i < type.value_count(); ++i) CheckComment(*type.value(i), "value");
     if (!absl::EndsWith(type.value(0)->name(), "_UNSPECIFIED") || type.value(0)->number() != 0) {
-      violations_.push_back(absl::StrCat("enum ", type.full_name(),
-                                         " does not begin with ..._UNSPECIFIED = 0"));
+      violations_.push_back(
+          absl::StrCat("enum ", type.full_name(), " does not begin with ..._UNSPECIFIED = 0"));
     }
   }
 
@@ -103,14 +103,13 @@ TEST(ProtoCommentsTest, EveryElementHasAComment) {
     EXPECT_THAT(walker.Walk(*file), ::testing::IsEmpty()) << file->name();
     EXPECT_GT(walker.elements(), 0) << file->name();
     // Packages are the folders.
-    EXPECT_TRUE(absl::StartsWith(file->name(),
-                                 absl::StrReplaceAll(file->package(), {{".", "/"}}) + "/"))
+    EXPECT_TRUE(
+        absl::StartsWith(file->name(), absl::StrReplaceAll(file->package(), {{".", "/"}}) + "/"))
         << file->name() << " has the package " << file->package();
   }
-  EXPECT_THAT(names, ::testing::IsSupersetOf({"nosara/cluster/v1/cluster.proto",
-                                              "nosara/inference/v1/inference.proto",
-                                              "nosara/kvstore/v1/kvstore.proto",
-                                              "nosara/worker/v1/worker.proto"}));
+  EXPECT_THAT(names, ::testing::IsSupersetOf(
+                         {"nosara/cluster/v1/cluster.proto", "nosara/inference/v1/inference.proto",
+                          "nosara/kvstore/v1/kvstore.proto", "nosara/worker/v1/worker.proto"}));
 }
 
 // The walker itself: one file in which nothing has a comment.
@@ -145,10 +144,9 @@ TEST(ProtoCommentsTest, TheWalkerFindsWhatIsMissing) {
   EXPECT_THAT(Walker().Walk(*built),
               ::testing::UnorderedElementsAre(
                   "message M has no comment", "field M.f has no comment",
-                  "oneof M.o has no comment", "message M.N has no comment",
-                  "enum E has no comment", "value DEFAULT has no comment",
-                  "enum E does not begin with ..._UNSPECIFIED = 0", "service S has no comment",
-                  "RPC S.R has no comment"));
+                  "oneof M.o has no comment", "message M.N has no comment", "enum E has no comment",
+                  "value DEFAULT has no comment", "enum E does not begin with ..._UNSPECIFIED = 0",
+                  "service S has no comment", "RPC S.R has no comment"));
 }
 
 }  // namespace

@@ -45,8 +45,8 @@ inline bool SendCompleted(WorkerWriter* writer, inference::v1::FinishReason reas
 /// Thread-safe. Listens on a free port of the loopback.
 class FakeWorker final : private worker::v1::WorkerService::Service {
  public:
-  using Handler = std::function<grpc::Status(
-      grpc::ServerContext*, const worker::v1::ExecuteRequest&, WorkerWriter*)>;
+  using Handler = std::function<grpc::Status(grpc::ServerContext*,
+                                             const worker::v1::ExecuteRequest&, WorkerWriter*)>;
 
   explicit FakeWorker(std::string id, std::string model = "tiny", Handler handler = nullptr)
       : handler_(std::move(handler)) {
@@ -63,9 +63,10 @@ class FakeWorker final : private worker::v1::WorkerService::Service {
   }
   ~FakeWorker() override { Kill(); }
 
+  int port() const { return port_; }
   std::string address() const { return absl::StrCat("127.0.0.1:", port_); }
 
-  /// Breaks every stream at once.
+  /// Ends the server and every stream at once.
   void Kill() { server_->Shutdown(std::chrono::system_clock::now()); }
 
   void SetDraining() {

@@ -252,8 +252,7 @@ TEST_F(GenerationTest, AStreamWithoutItsEndIsAnInternalError) {
   const auto generation = Start(&sink);
   const auto call = states_[0]->AwaitCall(0);
   call->End(absl::OkStatus());
-  EXPECT_THAT(sink.AwaitEnd(),
-              StatusIs(absl::StatusCode::kInternal, "without completing it"));
+  EXPECT_THAT(sink.AwaitEnd(), StatusIs(absl::StatusCode::kInternal, "without completing it"));
 }
 
 TEST_F(GenerationTest, AFullRouterSaysWhenToRetry) {

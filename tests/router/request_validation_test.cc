@@ -69,11 +69,12 @@ TEST(ValidateRequestTest, SamplingOutsideItsRangeIsNamed) {
       {"temperature", &SamplingParams::set_temperature, {-0.001f, 100.1f}, "from 0 to 100"},
       {"top_p", &SamplingParams::set_top_p, {0.0f, -1.0f, 1.001f}, "above 0 to 1"},
       {"min_p", &SamplingParams::set_min_p, {-0.1f, 1.1f}, "from 0 to 1"},
-      {"repetition_penalty", &SamplingParams::set_repetition_penalty, {0.0f, -1.0f, 10.5f},
+      {"repetition_penalty",
+       &SamplingParams::set_repetition_penalty,
+       {0.0f, -1.0f, 10.5f},
        "above 0 to 10"},
       {"presence_penalty", &SamplingParams::set_presence_penalty, {-2.1f, 2.1f}, "from -2 to 2"},
-      {"frequency_penalty", &SamplingParams::set_frequency_penalty, {-2.1f, 2.1f},
-       "from -2 to 2"},
+      {"frequency_penalty", &SamplingParams::set_frequency_penalty, {-2.1f, 2.1f}, "from -2 to 2"},
   };
   for (const BadFloat& bad : cases) {
     std::vector<float> values = bad.values;
@@ -234,8 +235,9 @@ TEST(BuildExecuteRequestTest, PromptAndOutputMustFitTheContext) {
   request.set_max_tokens(50);
   EXPECT_OK(BuildExecuteRequest(request, std::vector<int32_t>(50, 7), Context()));
   EXPECT_THAT(BuildExecuteRequest(request, std::vector<int32_t>(51, 7), Context()),
-              StatusIs(kInvalid, "max_tokens: 50; the model's context of 100 tokens leaves at "
-                                 "most 49 after a prompt of 51"));
+              StatusIs(kInvalid,
+                       "max_tokens: 50; the model's context of 100 tokens leaves at "
+                       "most 49 after a prompt of 51"));
 }
 
 TEST(BuildExecuteRequestTest, StopTokensMustBeInTheVocabulary) {

@@ -16,6 +16,7 @@
 #include "client/client.h"
 #include "nosara/inference/v1/inference.grpc.pb.h"
 #include "tests/router/fake_worker.h"
+#include "tests/router/tcp_relay.h"
 #include "tests/status_matchers.h"
 #include "text/tokenizer.h"
 
@@ -173,17 +174,17 @@ TEST(RouterServerTest, ServesOverTheInProcessChannel) {
 
 TEST(RouterServerTest, StopTextEndsTheStreamAndCancelsTheWorker) {
   absl::Notification cancelled;
-  FakeWorker worker("w1", "tiny",
-                    [&cancelled](grpc::ServerContext*, const worker::v1::ExecuteRequest&,
-                                 WorkerWriter* writer) {
-                      SendAccepted(writer);
-                      SendTokens(writer, Tokens("one two END three"));
-                      const auto more = Tokens(" more");
-                      while (SendTokens(writer, more)) {
-                      }
-                      cancelled.Notify();
-                      return grpc::Status::CANCELLED;
-                    });
+  FakeWorker worker(
+      "w1", "tiny",
+      [&cancelled](grpc::ServerContext*, const worker::v1::ExecuteRequest&, WorkerWriter* writer) {
+        SendAccepted(writer);
+        SendTokens(writer, Tokens("one two END three"));
+        const auto more = Tokens(" more");
+        while (SendTokens(writer, more)) {
+        }
+        cancelled.Notify();
+        return grpc::Status::CANCELLED;
+      });
   const auto router = StartRouter(OptionsFor({&worker}), 1);
   GenerateRequest request = TextRequest("Count");
   request.add_stop("END");
@@ -200,21 +201,20 @@ TEST(RouterServerTest, StopTextEndsTheStreamAndCancelsTheWorker) {
 
 TEST(RouterServerTest, CancellationReachesTheWorker) {
   absl::Notification cancelled;
-  FakeWorker worker("w1", "tiny",
-                    [&cancelled](grpc::ServerContext*, const worker::v1::ExecuteRequest&,
-                                 WorkerWriter* writer) {
-                      SendAccepted(writer);
-                      while (SendTokens(writer, {500})) {
-                      }
-                      cancelled.Notify();
-                      return grpc::Status::CANCELLED;
-                    });
+  FakeWorker worker(
+      "w1", "tiny",
+      [&cancelled](grpc::ServerContext*, const worker::v1::ExecuteRequest&, WorkerWriter* writer) {
+        SendAccepted(writer);
+        while (SendTokens(writer, {500})) {
+        }
+        cancelled.Notify();
+        return grpc::Status::CANCELLED;
+      });
   const auto router = StartRouter(OptionsFor({&worker}), 1);
   const auto client = *client::Client::Connect(router->address());
-  const absl::Status status =
-      client->Generate(TextRequest("x"), [](const GenerateResponse& event) {
-        return event.has_chunk() ? Continue::kNo : Continue::kYes;
-      });
+  const absl::Status status = client->Generate(TextRequest("x"), [](const GenerateResponse& event) {
+    return event.has_chunk() ? Continue::kNo : Continue::kYes;
+  });
   EXPECT_THAT(status, StatusIs(absl::StatusCode::kCancelled, "caller"));
   cancelled.WaitForNotification();
 }
@@ -222,10 +222,10 @@ TEST(RouterServerTest, CancellationReachesTheWorker) {
 TEST(RouterServerTest, DeadlineReachesTheWorker) {
   std::atomic<int64_t> seconds_left{0};
   FakeWorker worker("w1", "tiny",
-                    [&seconds_left](grpc::ServerContext* context,
-                                    const worker::v1::ExecuteRequest&, WorkerWriter* writer) {
-                      seconds_left = absl::ToInt64Seconds(absl::FromChrono(context->deadline()) -
-                                                          absl::Now());
+                    [&seconds_left](grpc::ServerContext* context, const worker::v1::ExecuteRequest&,
+                                    WorkerWriter* writer) {
+                      seconds_left =
+                          absl::ToInt64Seconds(absl::FromChrono(context->deadline()) - absl::Now());
                       SendAccepted(writer);
                       SendCompleted(writer, inference::v1::FINISH_REASON_LENGTH, 1, 0);
                       return grpc::Status::OK;
@@ -241,15 +241,15 @@ TEST(RouterServerTest, DeadlineReachesTheWorker) {
 
 TEST(RouterServerTest, ExpiredDeadlineEndsClientAndWorker) {
   absl::Notification ended;
-  FakeWorker worker("w1", "tiny",
-                    [&ended](grpc::ServerContext*, const worker::v1::ExecuteRequest&,
-                             WorkerWriter* writer) {
-                      SendAccepted(writer);
-                      while (SendTokens(writer, {500})) {
-                      }
-                      ended.Notify();
-                      return grpc::Status::CANCELLED;
-                    });
+  FakeWorker worker(
+      "w1", "tiny",
+      [&ended](grpc::ServerContext*, const worker::v1::ExecuteRequest&, WorkerWriter* writer) {
+        SendAccepted(writer);
+        while (SendTokens(writer, {500})) {
+        }
+        ended.Notify();
+        return grpc::Status::CANCELLED;
+      });
   const auto router = StartRouter(OptionsFor({&worker}), 1);
   const auto client = *client::Client::Connect(router->address());
   const absl::Status status = client->Generate(
@@ -264,9 +264,9 @@ TEST(RouterServerTest, UnknownModelNamesTheServedOnes) {
   const auto router = StartRouter(OptionsFor({&worker}), 1);
   GenerateRequest request = TextRequest("x");
   request.set_model("huge");
-  EXPECT_THAT(Ask(*router, request).status,
-              StatusIs(absl::StatusCode::kNotFound,
-                       "model 'huge' is not served; served are: tiny"));
+  EXPECT_THAT(
+      Ask(*router, request).status,
+      StatusIs(absl::StatusCode::kNotFound, "model 'huge' is not served; served are: tiny"));
 }
 
 TEST(RouterServerTest, NoWorkerIsUnavailable) {
@@ -304,28 +304,25 @@ TEST(RouterServerTest, TooLargeMessageIsRefusedByItsSize) {
 }
 
 TEST(RouterServerTest, LostWorkerIsUnavailableWithAClearMessage) {
-  absl::Notification sent;
-  FakeWorker worker("w1", "tiny",
-                    [&sent](grpc::ServerContext*, const worker::v1::ExecuteRequest&,
-                            WorkerWriter* writer) {
-                      SendAccepted(writer);
-                      SendTokens(writer, Tokens("one two three"));
-                      sent.WaitForNotification();
-                      while (SendTokens(writer, {500})) {
-                      }
-                      return grpc::Status::OK;
-                    });
-  const auto router = StartRouter(OptionsFor({&worker}), 1);
+  FakeWorker worker(
+      "w1", "tiny",
+      [](grpc::ServerContext*, const worker::v1::ExecuteRequest&, WorkerWriter* writer) {
+        SendAccepted(writer);
+        SendTokens(writer, Tokens("one two three"));
+        while (SendTokens(writer, {500})) {
+        }
+        return grpc::Status::CANCELLED;
+      });
+  TcpRelay relay(worker.port());
+  RouterServerOptions options = OptionsFor({});
+  options.worker_addresses = {relay.address()};
+  const auto router = StartRouter(options, 1);
   const auto client = *client::Client::Connect(router->address());
   std::string text;
   const absl::Status status =
       client->Generate(TextRequest("x"), [&](const GenerateResponse& event) {
         text += event.chunk().text();
-        if (event.has_chunk() && !sent.HasBeenNotified()) {
-          std::thread kill([&worker] { worker.Kill(); });
-          sent.Notify();
-          kill.join();
-        }
+        if (event.has_chunk()) relay.Cut();
         return Continue::kYes;
       });
   EXPECT_THAT(status, StatusIs(absl::StatusCode::kUnavailable, "worker w1 was lost after "));
@@ -335,14 +332,40 @@ TEST(RouterServerTest, LostWorkerIsUnavailableWithAClearMessage) {
               StatusIs(absl::StatusCode::kUnavailable, "no worker is ready"));
 }
 
+TEST(RouterServerTest, AWorkersServerThatEndsIsUnavailableToo) {
+  absl::Notification sent;
+  FakeWorker worker(
+      "w1", "tiny",
+      [&sent](grpc::ServerContext*, const worker::v1::ExecuteRequest&, WorkerWriter* writer) {
+        SendAccepted(writer);
+        SendTokens(writer, Tokens("one two three"));
+        sent.WaitForNotification();
+        while (SendTokens(writer, {500})) {
+        }
+        return grpc::Status::CANCELLED;
+      });
+  const auto router = StartRouter(OptionsFor({&worker}), 1);
+  const auto client = *client::Client::Connect(router->address());
+  const absl::Status status =
+      client->Generate(TextRequest("x"), [&](const GenerateResponse& event) {
+        if (event.has_chunk() && !sent.HasBeenNotified()) {
+          std::thread kill([&worker] { worker.Kill(); });
+          sent.Notify();
+          kill.join();
+        }
+        return Continue::kYes;
+      });
+  EXPECT_THAT(status, StatusIs(absl::StatusCode::kUnavailable, "worker w1"));
+  EXPECT_THAT(status, StatusIs(absl::StatusCode::kUnavailable, "safe to retry"));
+}
+
 TEST(RouterServerTest, WorkersOwnErrorsKeepTheirCodeAndRetryDelay) {
-  FakeWorker worker("w1", "tiny",
-                    [](grpc::ServerContext* context, const worker::v1::ExecuteRequest&,
-                       WorkerWriter*) {
-                      context->AddTrailingMetadata("nosara-worker", "w1");
-                      context->AddTrailingMetadata("retry-delay-ms", "250");
-                      return grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "queue is full");
-                    });
+  FakeWorker worker(
+      "w1", "tiny",
+      [](grpc::ServerContext* context, const worker::v1::ExecuteRequest&, WorkerWriter*) {
+        context->AddTrailingMetadata("retry-delay-ms", "250");
+        return grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "queue is full");
+      });
   const auto router = StartRouter(OptionsFor({&worker}), 1);
   const Outcome outcome = Ask(*router, TextRequest("x"));
   EXPECT_THAT(outcome.status,
@@ -351,10 +374,27 @@ TEST(RouterServerTest, WorkersOwnErrorsKeepTheirCodeAndRetryDelay) {
   EXPECT_EQ(worker.requests().size(), 1u);
 }
 
+TEST(RouterServerTest, AWorkersOwnUnavailableDoesNotMakeItLost) {
+  FakeWorker worker(
+      "w1", "tiny",
+      [](grpc::ServerContext*, const worker::v1::ExecuteRequest&, WorkerWriter* writer) {
+        SendAccepted(writer);
+        SendTokens(writer, {500});
+        return grpc::Status(grpc::StatusCode::UNAVAILABLE, "store s1 is gone");
+      });
+  RouterServerOptions options = OptionsFor({&worker});
+  // No further report that would bring a lost worker back.
+  options.poll_interval = absl::Hours(1);
+  options.stale_after = absl::Hours(1);
+  const auto router = StartRouter(options, 1);
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_THAT(Ask(*router, TextRequest("x")).status,
+                StatusIs(absl::StatusCode::kUnavailable, "worker w1: store s1 is gone"));
+  }
+}
+
 TEST(RouterServerTest, RefusalByOneWorkerMovesTheRequestToAnother) {
-  const auto refuses = [](grpc::ServerContext* context, const worker::v1::ExecuteRequest&,
-                          WorkerWriter*) {
-    context->AddTrailingMetadata("nosara-worker", "w");
+  const auto refuses = [](grpc::ServerContext*, const worker::v1::ExecuteRequest&, WorkerWriter*) {
     return grpc::Status(grpc::StatusCode::FAILED_PRECONDITION, "draining");
   };
   FakeWorker draining("w1", "tiny", refuses);
@@ -432,16 +472,16 @@ TEST(RouterServerTest, ReflectionListsTheService) {
 
 TEST(RouterServerTest, DrainCompletesRunningStreams) {
   absl::Notification go;
-  FakeWorker worker("w1", "tiny",
-                    [&go](grpc::ServerContext*, const worker::v1::ExecuteRequest&,
-                          WorkerWriter* writer) {
-                      SendAccepted(writer);
-                      SendTokens(writer, Tokens("before"));
-                      go.WaitForNotification();
-                      SendTokens(writer, Tokens(" after"));
-                      SendCompleted(writer, inference::v1::FINISH_REASON_LENGTH, 1, 2);
-                      return grpc::Status::OK;
-                    });
+  FakeWorker worker(
+      "w1", "tiny",
+      [&go](grpc::ServerContext*, const worker::v1::ExecuteRequest&, WorkerWriter* writer) {
+        SendAccepted(writer);
+        SendTokens(writer, Tokens("before"));
+        go.WaitForNotification();
+        SendTokens(writer, Tokens(" after"));
+        SendCompleted(writer, inference::v1::FINISH_REASON_LENGTH, 1, 2);
+        return grpc::Status::OK;
+      });
   const auto router = StartRouter(OptionsFor({&worker}), 1);
   const auto client = *client::Client::Connect(router->address());
   std::thread drain;
@@ -466,15 +506,15 @@ TEST(RouterServerTest, DrainCompletesRunningStreams) {
 
 TEST(RouterServerTest, ShutdownCancelsWhatIsLeftAfterTheDrain) {
   absl::Notification cancelled;
-  FakeWorker worker("w1", "tiny",
-                    [&cancelled](grpc::ServerContext*, const worker::v1::ExecuteRequest&,
-                                 WorkerWriter* writer) {
-                      SendAccepted(writer);
-                      while (SendTokens(writer, {500})) {
-                      }
-                      cancelled.Notify();
-                      return grpc::Status::CANCELLED;
-                    });
+  FakeWorker worker(
+      "w1", "tiny",
+      [&cancelled](grpc::ServerContext*, const worker::v1::ExecuteRequest&, WorkerWriter* writer) {
+        SendAccepted(writer);
+        while (SendTokens(writer, {500})) {
+        }
+        cancelled.Notify();
+        return grpc::Status::CANCELLED;
+      });
   const auto router = StartRouter(OptionsFor({&worker}), 1);
   const auto client = *client::Client::Connect(router->address());
   std::thread stop;
@@ -494,17 +534,17 @@ TEST(RouterServerTest, TwoHundredStreamsAtATime) {
   constexpr int kStreams = 200;
   // Every handler waits for all others: they can only end if all streams run at a time.
   absl::Barrier* const all = new absl::Barrier(kStreams);
-  FakeWorker worker("w1", "tiny",
-                    [all](grpc::ServerContext*, const worker::v1::ExecuteRequest& request,
-                               WorkerWriter* writer) {
-                      SendAccepted(writer);
-                      if (all->Block()) delete all;
-                      for (int i = 0; i < 20; ++i) {
-                        SendTokens(writer, {static_cast<int32_t>(request.prompt_tokens(0))});
-                      }
-                      SendCompleted(writer, inference::v1::FINISH_REASON_LENGTH, 1, 20);
-                      return grpc::Status::OK;
-                    });
+  FakeWorker worker(
+      "w1", "tiny",
+      [all](grpc::ServerContext*, const worker::v1::ExecuteRequest& request, WorkerWriter* writer) {
+        SendAccepted(writer);
+        if (all->Block()) delete all;
+        for (int i = 0; i < 20; ++i) {
+          SendTokens(writer, {static_cast<int32_t>(request.prompt_tokens(0))});
+        }
+        SendCompleted(writer, inference::v1::FINISH_REASON_LENGTH, 1, 20);
+        return grpc::Status::OK;
+      });
   const auto router = StartRouter(OptionsFor({&worker}), 1);
   const auto client = *client::Client::Connect(router->address());
   std::atomic<int> good{0};

@@ -73,9 +73,7 @@ class EveryPolicyTest : public ::testing::TestWithParam<const char*> {
   std::unique_ptr<RoutingPolicy> policy_ = *MakeRoutingPolicy(GetParam());
 };
 
-TEST_P(EveryPolicyTest, NoWorker) {
-  EXPECT_EQ(policy_->Choose(Request(), {}), std::nullopt);
-}
+TEST_P(EveryPolicyTest, NoWorker) { EXPECT_EQ(policy_->Choose(Request(), {}), std::nullopt); }
 
 TEST_P(EveryPolicyTest, LeavesOutWhoCannotTakeIt) {
   ClusterSnapshot cluster{{Worker("gone"), Worker("draining"), Worker("other model"),
