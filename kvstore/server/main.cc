@@ -1,10 +1,6 @@
 // nosara-kvstore: one KV store node. Turns flags into options; everything else is KvStoreServer.
-#include <pthread.h>
-#include <signal.h>
-
 #include <cmath>
 #include <cstdio>
-#include <fstream>
 #include <limits>
 #include <string>
 
@@ -12,12 +8,14 @@
 #include "absl/flags/marshalling.h"
 #include "absl/flags/parse.h"
 #include "absl/flags/usage.h"
+#include "absl/flags/usage_config.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "base/log.h"
+#include "base/process.h"
 #include "kvstore/server/kvstore_server.h"
 
 namespace {
@@ -107,6 +105,12 @@ int main(int argc, char** argv) {
   absl::SetProgramUsageMessage(
       "Keeps pages of KV cache in shared memory and serves them to nosara workers.\n"
       "  nosara-kvstore --listen=0.0.0.0:50061 --arena_bytes=16GiB");
+  absl::FlagsUsageConfig usage;
+  usage.version_string = [] { return "nosara-kvstore " NOSARA_VERSION "\n"; };
+  usage.contains_help_flags = [](absl::string_view file) {
+    return absl::StrContains(file, "kvstore/server/main.cc");
+  };
+  absl::SetFlagsUsageConfig(usage);
   const std::vector<char*> rest = absl::ParseCommandLine(argc, argv);
   if (rest.size() > 1) {
     std::fprintf(stderr, "nosara-kvstore: '%s': takes flags only, see --help\n", rest[1]);
@@ -119,12 +123,7 @@ int main(int argc, char** argv) {
     return 2;
   }
 
-  // Blocked before any thread starts, so that all inherit it and only sigwait() below sees them.
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGTERM);
-  sigaddset(&signals, SIGINT);
-  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  nosara::StopSignal stop_signal;
 
   using nosara::kvstore::KvStoreServer;
   using nosara::kvstore::KvStoreServerOptions;
@@ -147,25 +146,18 @@ int main(int argc, char** argv) {
     nosara::LogError("cannot start: {}", std::string(server.status().message()));
     return absl::IsInvalidArgument(server.status()) ? 2 : 1;
   }
-  if (const std::string file = absl::GetFlag(FLAGS_port_file); !file.empty()) {
-    // Renamed into place, so that a waiting script never reads half an address.
-    const std::string temporary = file + ".tmp";
-    std::ofstream out(temporary);
-    out << (*server)->address() << "\n";
-    out.close();
-    if (!out || std::rename(temporary.c_str(), file.c_str()) != 0) {
-      nosara::LogError("--port_file '{}': cannot write it", file);
-      return 1;
-    }
+  if (const absl::Status written =
+          nosara::WritePortFile(absl::GetFlag(FLAGS_port_file), (*server)->address());
+      !written.ok()) {
+    nosara::LogError("--port_file: {}", std::string(written.message()));
+    return 1;
   }
   nosara::LogInfo(
       "node {} listening on {}, arena of {} at {}, UCX {}", options.node_id, (*server)->address(),
       AbslUnparseFlag(absl::GetFlag(FLAGS_arena_bytes)), (*server)->arena_path(),
       absl::GetFlag(FLAGS_ucx).on ? (options.ucx_tls.empty() ? std::string("on") : options.ucx_tls)
                                   : std::string("off"));
-  int signal = 0;
-  sigwait(&signals, &signal);
-  nosara::LogInfo("signal {}: stopping", signal);
+  nosara::LogInfo("{}: stopping", stop_signal.Wait());
   (*server)->Stop();
   return 0;
 }
