@@ -1,0 +1,274 @@
+// The three programs as three processes: what a user of the system sees, also when one dies.
+#include <grpcpp/grpcpp.h>
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "client/client.h"
+#include "nosara/worker/v1/worker.grpc.pb.h"
+#include "tests/program.h"
+#include "tests/status_matchers.h"
+
+namespace nosara {
+namespace {
+
+using client::Client;
+using client::Continue;
+using inference::v1::Finished;
+using inference::v1::GenerateRequest;
+using inference::v1::GenerateResponse;
+using ::nosara::testing::Program;
+using ::nosara::testing::StatusIs;
+
+constexpr char kModel[] = "tests/testdata/tiny-bf16";
+constexpr char kTokenizer[] = "tests/testdata/tokenizer";
+constexpr absl::Duration kTimeout = absl::Seconds(60);
+
+struct Output {
+  absl::Status status;
+  std::vector<uint32_t> tokens;
+  Finished finished;
+};
+
+class SystemTest : public ::testing::Test {
+ protected:
+  static std::unique_ptr<Program> StartStore(std::vector<std::string> flags = {}) {
+    flags.insert(flags.begin(), {"--listen=127.0.0.1:0", "--arena_bytes=64MiB"});
+    return std::make_unique<Program>(NOSARA_BIN "/nosara-kvstore", flags);
+  }
+  static std::unique_ptr<Program> StartWorker(const std::string& store,
+                                              std::vector<std::string> flags = {}) {
+    flags.insert(flags.begin(),
+                 {"--listen=127.0.0.1:0", absl::StrCat("--model_dir=", kModel),
+                  "--model_name=tiny", absl::StrCat("--stores=", store), "--threads=1"});
+    return std::make_unique<Program>(NOSARA_BIN "/nosara-worker", flags);
+  }
+  static std::unique_ptr<Program> StartRouter(const std::string& workers) {
+    return std::make_unique<Program>(
+        NOSARA_BIN "/nosara-router",
+        std::vector<std::string>{"--listen=127.0.0.1:0", absl::StrCat("--workers=", workers),
+                                 absl::StrCat("--model=tiny=", kTokenizer),
+                                 "--poll_interval=50ms"});
+  }
+  static std::unique_ptr<Client> Connect(const Program& router) {
+    auto client = Client::Connect(router.address());
+    EXPECT_OK(client);
+    return *std::move(client);
+  }
+  /// Waits until the router sees `workers` workers.
+  static void AwaitWorkers(Client& client, uint32_t workers) {
+    const absl::Time end = absl::Now() + kTimeout;
+    while (absl::Now() < end) {
+      const auto models = client.ListModels();
+      if (models.ok() && models->size() == 1 && (*models)[0].ready_workers() == workers) return;
+      std::this_thread::yield();
+    }
+    FAIL() << "the router does not see " << workers << " workers";
+  }
+
+  static GenerateRequest MakeRequest(int prompt_tokens, uint32_t seed, uint32_t max_tokens) {
+    GenerateRequest request;
+    std::mt19937 random(seed);
+    uint32_t topic = 0;
+    for (int i = 0; i < prompt_tokens; ++i) {
+      if (i % 37 == 0) topic = random() % 400;
+      request.mutable_token_ids()->add_ids((topic + random() % 12) % 416);
+    }
+    request.set_max_tokens(max_tokens);
+    request.set_ignore_eos(true);
+    request.mutable_sampling()->set_temperature(0);
+    return request;
+  }
+
+  /// `on_tokens` is told the number of tokens so far; false ends the stream.
+  static Output Generate(Client& client, const GenerateRequest& request,
+                         const std::function<bool(size_t)>& on_tokens = nullptr) {
+    Output output;
+    output.status = client.Generate(
+        request,
+        [&](const GenerateResponse& event) {
+          if (event.has_finished()) output.finished = event.finished();
+          if (!event.has_chunk()) return Continue::kYes;
+          for (uint32_t id : event.chunk().token_ids()) output.tokens.push_back(id);
+          return on_tokens == nullptr || on_tokens(output.tokens.size()) ? Continue::kYes
+                                                                          : Continue::kNo;
+        },
+        kTimeout);
+    return output;
+  }
+};
+
+TEST_F(SystemTest, EveryResidencyAndTransportGivesTheSameTokens) {
+  const GenerateRequest request = MakeRequest(1500, 1, 60);
+  std::vector<uint32_t> expected;
+  for (const auto& [name, flags] : std::vector<std::pair<std::string, std::vector<std::string>>>{
+           {"resident", {"--slots_per_head=0"}},
+           {"mapped", {"--slots_per_head=-1", "--store_path=mapped"}},
+           {"ucx tcp", {"--slots_per_head=-1", "--store_path=ucx", "--ucx_tls=tcp"}}}) {
+    SCOPED_TRACE(name);
+    const auto store = StartStore();
+    const auto worker = StartWorker(store->address(), flags);
+    const auto router = StartRouter(worker->address());
+    const auto client = Connect(*router);
+    AwaitWorkers(*client, 1);
+    const Output output = Generate(*client, request);
+    ASSERT_OK(output.status);
+    EXPECT_EQ(output.tokens.size(), 60u);
+    const auto& cache = output.finished.cache();
+    EXPECT_EQ(cache.records_selected(), cache.records_resident() + cache.records_fetched());
+    if (name == "resident") {
+      expected = output.tokens;
+      EXPECT_EQ(cache.records_fetched(), 0u);
+    } else {
+      EXPECT_EQ(output.tokens, expected);
+      EXPECT_GT(cache.records_fetched(), 0u);
+      EXPECT_EQ(name == "mapped" ? cache.records_by_mapped() : cache.records_by_ucx(),
+                cache.records_fetched());
+      // Single records, not whole pages: 23 pages of 4 records were written.
+      EXPECT_EQ(cache.bytes_fetched() % cache.records_fetched(), 0u);
+    }
+    router->Signal(SIGTERM);
+    EXPECT_EQ(router->Wait(), 0);
+    worker->Signal(SIGTERM);
+    EXPECT_EQ(worker->Wait(), 0);
+    store->Signal(SIGTERM);
+    EXPECT_EQ(store->Wait(), 0);
+  }
+}
+
+TEST_F(SystemTest, SecondWorkerPrefillsOnlyWhatTheStoreDoesNotHave) {
+  const auto store = StartStore();
+  const auto first = StartWorker(store->address(), {"--slots_per_head=-1"});
+  const auto first_router = StartRouter(first->address());
+  const auto first_client = Connect(*first_router);
+  AwaitWorkers(*first_client, 1);
+  const GenerateRequest request = MakeRequest(1000, 2, 30);
+  const Output expected = Generate(*first_client, request);
+  ASSERT_OK(expected.status);
+  EXPECT_EQ(expected.finished.usage().cached_prompt_tokens(), 0u);
+
+  const auto second = StartWorker(store->address(), {"--slots_per_head=-1", "--store_path=ucx"});
+  const auto second_router = StartRouter(second->address());
+  const auto second_client = Connect(*second_router);
+  AwaitWorkers(*second_client, 1);
+  const Output actual = Generate(*second_client, request);
+  ASSERT_OK(actual.status);
+  EXPECT_EQ(actual.tokens, expected.tokens);
+  EXPECT_EQ(actual.finished.usage().cached_prompt_tokens(), 960u);
+}
+
+TEST_F(SystemTest, KilledWorkerIsUnavailableToTheClient) {
+  const auto store = StartStore();
+  const auto worker = StartWorker(store->address());
+  const auto router = StartRouter(worker->address());
+  const auto client = Connect(*router);
+  AwaitWorkers(*client, 1);
+  const Output output = Generate(*client, MakeRequest(300, 3, 7000), [&](size_t tokens) {
+    if (tokens == 10) worker->Signal(SIGKILL);
+    return true;
+  });
+  EXPECT_THAT(output.status, StatusIs(absl::StatusCode::kUnavailable, "worker"));
+  EXPECT_GE(output.tokens.size(), 10u);
+  // Nobody left: said so, at once.
+  AwaitWorkers(*client, 0);
+  EXPECT_THAT(Generate(*client, MakeRequest(10, 3, 5)).status,
+              StatusIs(absl::StatusCode::kUnavailable, "worker"));
+}
+
+TEST_F(SystemTest, KilledStoreFailsWhoNeedsItAndComesBack) {
+  auto store = StartStore();
+  const std::string address = store->address();
+  const auto worker = StartWorker(address, {"--slots_per_head=-1", "--store_patience=2s"});
+  const auto router = StartRouter(worker->address());
+  const auto client = Connect(*router);
+  AwaitWorkers(*client, 1);
+  const Output broken = Generate(*client, MakeRequest(1500, 4, 6000), [&](size_t tokens) {
+    if (tokens == 10) store->Kill();
+    return true;
+  });
+  EXPECT_THAT(broken.status, StatusIs(absl::StatusCode::kUnavailable, "store"));
+  // The worker lives, and serves what fits without a store.
+  EXPECT_OK(Generate(*client, MakeRequest(100, 5, 20)).status);
+  EXPECT_THAT(Generate(*client, MakeRequest(3000, 6, 20)).status,
+              StatusIs(absl::StatusCode::kUnavailable, "store"));
+  // A new store at the same address is found without a restart of anybody.
+  store = std::make_unique<Program>(
+      NOSARA_BIN "/nosara-kvstore",
+      std::vector<std::string>{absl::StrCat("--listen=", address), "--arena_bytes=64MiB"});
+  ASSERT_EQ(store->address(), address);
+  Output again;
+  const absl::Time end = absl::Now() + kTimeout;
+  do {
+    again = Generate(*client, MakeRequest(3000, 6, 20));
+  } while (!again.status.ok() && absl::Now() < end);
+  EXPECT_OK(again.status);
+}
+
+TEST_F(SystemTest, ArenaTooSmallForOneSequenceIsSaid) {
+  // Some 70 kB a page: three pages.
+  const auto store = StartStore({"--arena_bytes=256KiB"});
+  const auto worker = StartWorker(store->address(), {"--slots_per_head=-1", "--store_patience=1s"});
+  const auto router = StartRouter(worker->address());
+  const auto client = Connect(*router);
+  AwaitWorkers(*client, 1);
+  EXPECT_THAT(Generate(*client, MakeRequest(2000, 7, 20)).status,
+              StatusIs(absl::StatusCode::kResourceExhausted, "store"));
+  EXPECT_OK(Generate(*client, MakeRequest(100, 8, 20)).status);
+}
+
+TEST_F(SystemTest, CancelledRequestFreesTheWorkerAtOnce) {
+  const auto store = StartStore();
+  const auto worker = StartWorker(store->address());
+  const auto router = StartRouter(worker->address());
+  const auto client = Connect(*router);
+  AwaitWorkers(*client, 1);
+  const Output output =
+      Generate(*client, MakeRequest(300, 9, 7000), [](size_t tokens) { return tokens < 10; });
+  EXPECT_THAT(output.status, StatusIs(absl::StatusCode::kCancelled, ""));
+  const auto stub = worker::v1::WorkerService::NewStub(
+      grpc::CreateChannel(worker->address(), grpc::InsecureChannelCredentials()));
+  const absl::Time end = absl::Now() + kTimeout;
+  worker::v1::GetLoadResponse load;
+  do {
+    grpc::ClientContext context;
+    ASSERT_TRUE(stub->GetLoad(&context, {}, &load).ok());
+    std::this_thread::yield();
+  } while (load.running_requests() > 0 && absl::Now() < end);
+  EXPECT_EQ(load.running_requests(), 0u);
+}
+
+TEST_F(SystemTest, BrokenCheckpointsAreRefusedByName) {
+  const auto folder = std::filesystem::temp_directory_path() /
+                      absl::StrCat("nosara_system_test.", getpid());
+  std::filesystem::create_directories(folder);
+  std::filesystem::copy(absl::StrCat(kModel, "/config.json"), folder / "config.json");
+  std::ifstream in(absl::StrCat(kModel, "/model.safetensors"), std::ios::binary);
+  std::string bytes((std::istreambuf_iterator<char>(in)), {});
+  std::ofstream(folder / "model.safetensors", std::ios::binary)
+      .write(bytes.data(), bytes.size() / 2);
+  Program truncated(NOSARA_BIN "/nosara-worker",
+                    {"--listen=127.0.0.1:0", absl::StrCat("--model_dir=", folder.string()),
+                     "--model_name=tiny", "--stores=127.0.0.1:1"});
+  EXPECT_EQ(truncated.Wait(), 1);
+  EXPECT_NE(truncated.said().find("model.safetensors"), std::string::npos) << truncated.said();
+  Program nowhere(NOSARA_BIN "/nosara-worker", {"--model_dir=/does/not/exist", "--model_name=x",
+                                                 "--stores=127.0.0.1:1", "--listen=127.0.0.1:0"});
+  EXPECT_EQ(nowhere.Wait(), 1);
+  EXPECT_NE(nowhere.said().find("/does/not/exist"), std::string::npos) << nowhere.said();
+  Program few_slots(NOSARA_BIN "/nosara-worker",
+                    {"--listen=127.0.0.1:0", absl::StrCat("--model_dir=", kModel),
+                     "--model_name=tiny", "--stores=127.0.0.1:1", "--slots_per_head=3"});
+  EXPECT_EQ(few_slots.Wait(), 1);
+  EXPECT_NE(few_slots.said().find("slots_per_head = 3: must be 0"), std::string::npos);
+  std::filesystem::remove_all(folder);
+}
+
+}  // namespace
+}  // namespace nosara
