@@ -1,4 +1,6 @@
 // nosara-bench-cpu: prefill and decode speed of the CPU backend, one stream.
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -81,16 +83,19 @@ absl::Status Run(const std::string& command) {
   }
   ASSIGN_OR_RETURN(const auto backend, CpuBackend::Create(checkpoint, nullptr, options));
 
+  const bool progress = isatty(STDERR_FILENO) != 0;
   std::vector<std::vector<float>> logits;
   const auto feed = [&](SequenceId id, absl::Span<const int32_t> tokens) {
     for (size_t begin = 0; begin < tokens.size(); begin += chunk) {
       const StepItem item = {id, tokens.subspan(begin, chunk), std::nullopt};
       const absl::Status status = backend->Forward({item}, &logits)[0].status;
       if (!status.ok()) return status;
-      std::fprintf(stderr, "\rprefill %zu of %zu tokens", std::min(begin + chunk, tokens.size()),
-                   tokens.size());
+      if (progress) {
+        std::fprintf(stderr, "\rprefill %zu of %zu tokens", std::min(begin + chunk, tokens.size()),
+                     tokens.size());
+      }
     }
-    std::fprintf(stderr, "\n");
+    if (progress) std::fprintf(stderr, "\n");
     return absl::OkStatus();
   };
   std::vector<int32_t> tokens = MakePrompt(context, config.vocab_size);
