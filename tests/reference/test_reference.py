@@ -522,11 +522,18 @@ class CommittedDataTest(unittest.TestCase):
             make_tokenizer.Tokenizer(folder)))), committed)
 
     def test_golden_vectors_are_of_these_checkpoints(self):
-        for name in os.listdir(os.path.join(_TESTDATA, "golden")):
-            if name.startswith("tiny-") and name.endswith(".json") and name != "tiny-prompts.json":
-                golden = self.golden(name)
-                directory = os.path.join(_TESTDATA, golden["model"])
-                self.assertEqual(golden["model_sha256"], make_golden.fingerprint(directory), name)
+        models = os.path.join(_TESTDATA, "..", "..", "models")
+        seen = set()
+        for name in sorted(os.listdir(os.path.join(_TESTDATA, "golden"))):
+            if not name.endswith(".json") or name == "selection.json" or "-prompts" in name:
+                continue
+            golden = self.golden(name)
+            parent = _TESTDATA if golden["model"].startswith("tiny-") else models
+            directory = os.path.join(parent, golden["model"])
+            self.assertEqual(golden["model_sha256"], make_golden.fingerprint(directory), name)
+            seen.add(golden["model"])
+        self.assertEqual(seen, {"tiny-bf16", "tiny-f32", "tiny-llama", "tiny-llama-bias",
+                                "nosa-tiny"})
 
     def test_golden_vectors_can_be_reproduced(self):
         prompts = self.golden("tiny-prompts.json")
