@@ -18,6 +18,11 @@
 
 namespace nosara::kvstore {
 
+/// True for errors after which a connection is in doubt: the store is gone or has restarted.
+inline bool IsConnectionError(const absl::Status& status) {
+  return absl::IsUnavailable(status) || absl::IsAborted(status);
+}
+
 /// Thread-safe. States: disconnected -> connecting (GetInfo, then the data path) -> ready; an error
 /// of a call or of the data path leads back to disconnected, the next WhenReady() connects again.
 class StoreConnection final {
