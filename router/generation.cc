@@ -49,16 +49,35 @@ absl::StatusOr<ModelLimits> LimitsOf(const ClusterSnapshot& cluster, const std::
   return limits;
 }
 
-Generation::Generation(std::shared_ptr<RouterCore> core, Sink* sink, absl::Time deadline)
-    : core_(std::move(core)), sink_(sink), deadline_(deadline), arrival_(core_->clock->Now()) {
-  // A counter that limits; no other data depends on it: relaxed order.
-  core_->open_requests.fetch_add(1, std::memory_order_relaxed);
+RouterCore::OpenRequest::OpenRequest(RouterCore* core) : core_(core) {
+  absl::MutexLock lock(&core_->mu_);
+  ++core_->open_requests_;
 }
 
-Generation::~Generation() { core_->open_requests.fetch_sub(1, std::memory_order_relaxed); }
+RouterCore::OpenRequest::~OpenRequest() {
+  absl::MutexLock lock(&core_->mu_);
+  --core_->open_requests_;
+}
+
+int RouterCore::open_requests() const {
+  absl::MutexLock lock(&mu_);
+  return open_requests_;
+}
+
+void RouterCore::AwaitIdle() const {
+  const auto idle = [this] {
+    mu_.AssertHeld();
+    return open_requests_ == 0;
+  };
+  absl::MutexLock lock(&mu_);
+  mu_.Await(absl::Condition(&idle));
+}
+
+Generation::Generation(RouterCore* core, Sink* sink, absl::Time deadline)
+    : open_(core), core_(core), sink_(sink), deadline_(deadline), arrival_(core->clock->Now()) {}
 
 void Generation::Start(ReadRequest read_request) {
-  if (core_->open_requests.load(std::memory_order_relaxed) > core_->max_open_requests) {
+  if (core_->open_requests() > core_->max_open_requests) {
     return Fail(WithRetryDelay(
         absl::ResourceExhaustedError(absl::StrCat("the router has ", core_->max_open_requests,
                                                   " open requests, its limit; retry later")),

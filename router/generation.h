@@ -27,10 +27,27 @@
 
 namespace nosara::router {
 
-/// What all requests of a router share, and keep alive until the last one is gone. Thread-safe.
-/// Its owner shuts the pool down and stops the membership before it lets go: the last request may
-/// end on one of their threads.
-struct RouterCore {
+/// What all requests of a router share. Thread-safe. Its owner destroys it after AwaitIdle(), when
+/// no new request can come.
+class RouterCore final {
+ public:
+  /// Counts a request from its beginning to the destruction of its last part.
+  class OpenRequest final {
+   public:
+    explicit OpenRequest(RouterCore* core);
+    ~OpenRequest();
+    OpenRequest(const OpenRequest&) = delete;
+    OpenRequest& operator=(const OpenRequest&) = delete;
+
+   private:
+    RouterCore* const core_;
+  };
+
+  int open_requests() const ABSL_LOCKS_EXCLUDED(mu_);
+  /// Waits until no request is open.
+  void AwaitIdle() const ABSL_LOCKS_EXCLUDED(mu_);
+
+  // Constant once requests come.
   std::unique_ptr<const ModelRegistry> models;
   std::unique_ptr<Membership> membership;
   std::unique_ptr<const RoutingPolicy> policy;
@@ -39,8 +56,12 @@ struct RouterCore {
   int max_open_requests = 0;
   absl::Duration retry_delay;
 
-  std::atomic<int> open_requests{0};
+  // Number of the next placement. Only a source of turns, nothing depends on it: relaxed order.
   std::atomic<uint64_t> placements{0};
+
+ private:
+  mutable absl::Mutex mu_;
+  int open_requests_ ABSL_GUARDED_BY(mu_) = 0;
 };
 
 /// The limits of `model` among the workers that can be used: the longest context. UNAVAILABLE when
@@ -71,9 +92,8 @@ class Generation final : public WorkerCallObserver,
 
   static constexpr size_t kMaxQueuedResponses = 32;
 
-  /// `deadline`: wall-clock time or InfiniteFuture().
-  Generation(std::shared_ptr<RouterCore> core, Sink* sink, absl::Time deadline);
-  ~Generation() override;
+  /// `core` outlives this object. `deadline`: wall-clock time or InfiniteFuture().
+  Generation(RouterCore* core, Sink* sink, absl::Time deadline);
 
   /// Starts the request that `read_request`, run in the pool, gives. Call once.
   void Start(ReadRequest read_request);
@@ -98,8 +118,11 @@ class Generation final : public WorkerCallObserver,
   bool TakesOtherWorker(const absl::Status& status) const;
   std::string WorkerName() const;
 
+  // First, so that it goes last: the core may be gone after that.
+  const RouterCore::OpenRequest open_;
+
   // Constant after construction.
-  const std::shared_ptr<RouterCore> core_;
+  RouterCore* const core_;
   Sink* const sink_;
   const absl::Time deadline_;
   const absl::Time arrival_;

@@ -50,25 +50,58 @@ WorkerLoad FromProto(const worker::v1::GetLoadResponse& response) {
   return load;
 }
 
-// The stub of one worker, shared by its calls.
-class Connection final : public std::enable_shared_from_this<Connection> {
+// The stub of one worker, and a count of its users.
+//
+// gRPC's objects must not be destroyed on gRPC's own threads when they are the last of their kind:
+// its callback queue would wait for the thread that it runs on. A user is counted until its context
+// is gone, and only then the channel can go, on the thread of the owner.
+class Connection final {
  public:
+  class Use final {
+   public:
+    explicit Use(Connection* connection) : connection_(connection) {
+      absl::MutexLock lock(&connection_->mu_);
+      ++connection_->uses_;
+    }
+    ~Use() {
+      absl::MutexLock lock(&connection_->mu_);
+      --connection_->uses_;
+    }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+   private:
+    Connection* const connection_;
+  };
+
   explicit Connection(const std::shared_ptr<grpc::Channel>& channel)
       : stub_(worker::v1::WorkerService::NewStub(channel)) {}
+  ~Connection() {
+    const auto unused = [this] {
+      mu_.AssertHeld();
+      return uses_ == 0;
+    };
+    absl::MutexLock lock(&mu_);
+    mu_.Await(absl::Condition(&unused));
+  }
 
   worker::v1::WorkerService::Stub& stub() const { return *stub_; }
 
   void GetLoad(absl::Duration timeout, WorkerClient::LoadCallback done) {
     struct Call {
+      explicit Call(Connection* connection) : use(connection) {}
+
+      const Use use;  // first, so that it goes last
       grpc::ClientContext context;
       worker::v1::GetLoadRequest request;
       worker::v1::GetLoadResponse response;
     };
-    auto call = std::make_shared<Call>();
+    auto call = std::make_shared<Call>(this);
     call->context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+    Call& c = *call;
     stub_->async()->GetLoad(
-        &call->context, &call->request, &call->response,
-        [self = shared_from_this(), call, done = std::move(done)](const grpc::Status& status) {
+        &c.context, &c.request, &c.response,
+        [call = std::move(call), done = std::move(done)](const grpc::Status& status) {
           if (status.ok()) return done(FromProto(call->response));
           // Nothing but a broken connection makes this call unavailable.
           if (status.error_code() == grpc::StatusCode::UNAVAILABLE) {
@@ -80,6 +113,8 @@ class Connection final : public std::enable_shared_from_this<Connection> {
 
  private:
   const std::unique_ptr<worker::v1::WorkerService::Stub> stub_;
+  absl::Mutex mu_;
+  int uses_ ABSL_GUARDED_BY(mu_) = 0;
 };
 
 // One Execute. Owns itself until the observer has heard the end.
@@ -91,9 +126,10 @@ class Connection final : public std::enable_shared_from_this<Connection> {
 class GrpcWorkerCall final : public WorkerCall,
                              private grpc::ClientReadReactor<worker::v1::ExecuteResponse> {
  public:
-  GrpcWorkerCall(std::shared_ptr<Connection> connection, worker::v1::ExecuteRequest request,
-                 absl::Time deadline, std::shared_ptr<WorkerCallObserver> observer)
-      : connection_(std::move(connection)),
+  GrpcWorkerCall(Connection* connection, worker::v1::ExecuteRequest request, absl::Time deadline,
+                 std::shared_ptr<WorkerCallObserver> observer)
+      : use_(connection),
+        connection_(connection),
         request_(std::move(request)),
         observer_(std::move(observer)) {
     if (deadline != absl::InfiniteFuture()) context_.set_deadline(absl::ToChronoTime(deadline));
@@ -176,8 +212,10 @@ class GrpcWorkerCall final : public WorkerCall,
     observer_.reset();
   }
 
+  const Connection::Use use_;  // first, so that it goes last
+
   // Constant after construction.
-  const std::shared_ptr<Connection> connection_;
+  Connection* const connection_;
   const worker::v1::ExecuteRequest request_;
   // Owned by the gRPC reactions.
   grpc::ClientContext context_;
@@ -194,30 +232,29 @@ class GrpcWorkerCall final : public WorkerCall,
 
 class GrpcWorkerClient final : public WorkerClient {
  public:
-  explicit GrpcWorkerClient(std::shared_ptr<grpc::Channel> channel)
-      : connection_(std::make_shared<Connection>(std::move(channel))) {}
+  explicit GrpcWorkerClient(const std::shared_ptr<grpc::Channel>& channel) : connection_(channel) {}
 
   std::shared_ptr<WorkerCall> Execute(const worker::v1::ExecuteRequest& request,
                                       absl::Time deadline,
                                       std::shared_ptr<WorkerCallObserver> observer) override {
     auto call =
-        std::make_shared<GrpcWorkerCall>(connection_, request, deadline, std::move(observer));
+        std::make_shared<GrpcWorkerCall>(&connection_, request, deadline, std::move(observer));
     call->Start(call);
     return call;
   }
 
   void GetLoad(absl::Duration timeout, LoadCallback done) override {
-    connection_->GetLoad(timeout, std::move(done));
+    connection_.GetLoad(timeout, std::move(done));
   }
 
  private:
-  const std::shared_ptr<Connection> connection_;
+  Connection connection_;
 };
 
 }  // namespace
 
 std::unique_ptr<WorkerClient> MakeGrpcWorkerClient(std::shared_ptr<grpc::Channel> channel) {
-  return std::make_unique<GrpcWorkerClient>(std::move(channel));
+  return std::make_unique<GrpcWorkerClient>(channel);
 }
 
 std::shared_ptr<grpc::Channel> MakeWorkerChannel(const std::string& address) {

@@ -99,7 +99,7 @@ absl::StatusOr<std::unique_ptr<RouterServer>> RouterServer::Create(RouterServerO
 }
 
 absl::Status RouterServer::Start(const RouterServerOptions& options) {
-  core_ = std::make_shared<RouterCore>();
+  core_ = std::make_unique<RouterCore>();
   health_ = std::make_shared<HealthReporter>();
   ASSIGN_OR_RETURN(core_->models, ModelRegistry::Load(options.models));
   ASSIGN_OR_RETURN(core_->policy, MakeRoutingPolicy(options.policy));
@@ -129,7 +129,7 @@ absl::Status RouterServer::Start(const RouterServerOptions& options) {
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   });
-  service_ = MakeRouterService(core_);
+  service_ = MakeRouterService(core_.get());
   grpc::ServerBuilder builder;
   builder.AddListeningPort(options.listen, grpc::InsecureServerCredentials(), &port_);
   builder.RegisterService(service_.get());
@@ -179,8 +179,10 @@ void RouterServer::Shutdown(absl::Duration drain_timeout) {
     server_->GetHealthCheckService()->Shutdown();
     server_->Shutdown(absl::ToChronoTime(absl::Now() + drain_timeout));
   }
-  if (core_ && core_->membership) core_->membership->Stop();
   if (core_ && core_->pool) core_->pool->Shutdown();
+  // The calls to workers end last, on gRPC's threads.
+  if (core_) core_->AwaitIdle();
+  if (core_ && core_->membership) core_->membership->Stop();
   absl::MutexLock lock(&mu_);
   shut_down_ = true;
 }

@@ -20,7 +20,7 @@ class Service;
 
 namespace nosara::router {
 
-struct RouterCore;
+class RouterCore;
 
 struct RouterServerOptions {
   // "host:port" to listen on; port 0: any free one.
@@ -91,7 +91,7 @@ class RouterServer final {
   absl::Status Start(const RouterServerOptions& options);
 
   // Constant after Create.
-  std::shared_ptr<RouterCore> core_;
+  std::unique_ptr<RouterCore> core_;
   std::shared_ptr<HealthReporter> health_;
   std::unique_ptr<grpc::Service> service_;
   std::unique_ptr<grpc::Server> server_;

@@ -55,11 +55,11 @@ grpc::ByteBuffer Serialize(const google::protobuf::Message& message) {
 class GenerateReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
                               private Generation::Sink {
  public:
-  GenerateReactor(std::shared_ptr<RouterCore> core, grpc::CallbackServerContext* context,
+  GenerateReactor(RouterCore* core, grpc::CallbackServerContext* context,
                   const grpc::ByteBuffer* request)
       : context_(context),
-        generation_(std::make_shared<Generation>(std::move(core), static_cast<Sink*>(this),
-                                                 DeadlineOf(*context))) {
+        generation_(
+            std::make_shared<Generation>(core, static_cast<Sink*>(this), DeadlineOf(*context))) {
     // gRPC keeps `request` until the call has finished; the pool's task runs before that, or finds
     // the request cancelled: it copies the (reference-counted) buffer to be independent of it.
     generation_->Start([bytes = *request]() -> absl::StatusOr<GenerateRequest> {
@@ -109,7 +109,7 @@ using ServiceBase = InferenceService::WithRawCallbackMethod_Generate<
 
 class RouterService final : public ServiceBase {
  public:
-  explicit RouterService(std::shared_ptr<RouterCore> core) : core_(std::move(core)) {}
+  explicit RouterService(RouterCore* core) : core_(core) {}
 
   grpc::ServerWriteReactor<grpc::ByteBuffer>* Generate(grpc::CallbackServerContext* context,
                                                        const grpc::ByteBuffer* request) override {
@@ -157,13 +157,13 @@ class RouterService final : public ServiceBase {
   }
 
  private:
-  const std::shared_ptr<RouterCore> core_;
+  RouterCore* const core_;
 };
 
 }  // namespace
 
-std::unique_ptr<grpc::Service> MakeRouterService(std::shared_ptr<RouterCore> core) {
-  return std::make_unique<RouterService>(std::move(core));
+std::unique_ptr<grpc::Service> MakeRouterService(RouterCore* core) {
+  return std::make_unique<RouterService>(core);
 }
 
 }  // namespace nosara::router

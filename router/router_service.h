@@ -11,9 +11,9 @@ class Service;
 
 namespace nosara::router {
 
-/// nosara.inference.v1.InferenceService over `core`. Its reactors never block: parsing, validation
-/// and tokenization run in the core's pool. Requests are taken as raw bytes, so that a string that
-/// is not UTF-8 gets an answer that names its field. Thread-safe.
-std::unique_ptr<grpc::Service> MakeRouterService(std::shared_ptr<RouterCore> core);
+/// nosara.inference.v1.InferenceService over `core`, which outlives it. Its reactors never block:
+/// parsing, validation and tokenization run in the core's pool. Requests are taken as raw bytes, so
+/// that a string that is not UTF-8 gets an answer that names its field. Thread-safe.
+std::unique_ptr<grpc::Service> MakeRouterService(RouterCore* core);
 
 }  // namespace nosara::router

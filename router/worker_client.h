@@ -40,7 +40,8 @@ class WorkerCallObserver {
   virtual void OnWorkerDone(const absl::Status& status) = 0;
 };
 
-/// Thread-safe. Calls keep what they need alive, so a client may be destroyed before its calls end.
+/// Thread-safe. The destructor waits for the calls to end and for their objects to be gone: it must
+/// not run in a callback.
 class WorkerClient {
  public:
   virtual ~WorkerClient() = default;

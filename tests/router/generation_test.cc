@@ -114,7 +114,7 @@ class GenerationTest : public ::testing::Test {
   }
 
   std::shared_ptr<Generation> Start(ManualSink* sink) {
-    auto generation = std::make_shared<Generation>(core_, sink, absl::InfiniteFuture());
+    auto generation = std::make_shared<Generation>(core_.get(), sink, absl::InfiniteFuture());
     generation->Start([] {
       GenerateRequest request;
       request.set_text("Hello");
@@ -141,7 +141,7 @@ class GenerationTest : public ::testing::Test {
 
   std::vector<std::shared_ptr<FakeWorkerState>> states_;
   std::vector<std::shared_ptr<WorkerHandle>> handles_;
-  std::shared_ptr<RouterCore> core_ = std::make_shared<RouterCore>();
+  std::unique_ptr<RouterCore> core_ = std::make_unique<RouterCore>();
 };
 
 TEST_F(GenerationTest, ASlowSinkStopsTheReadingOfTheWorker) {
@@ -268,7 +268,7 @@ TEST_F(GenerationTest, AFullRouterSaysWhenToRetry) {
     for (const auto& call : state->calls) call->End(absl::CancelledError(""));
   }
   generations.clear();
-  EXPECT_EQ(core_->open_requests, 0);
+  EXPECT_EQ(core_->open_requests(), 0);
 }
 
 TEST_F(GenerationTest, AFullTextQueueSaysWhenToRetry) {
