@@ -1,5 +1,7 @@
 #include "kvstore/api/layout.h"
 
+// The whole of xxHash in this file, compiled for our processors: packages build it for the oldest.
+#define XXH_INLINE_ALL
 #include <xxhash.h>
 
 #include <cstring>

@@ -52,11 +52,12 @@ class FaultPlan final {
     CHECK(mu_.AwaitWithTimeout(absl::Condition(&enough), absl::Minutes(1)));
   }
 
-  Fault Meet(Direction direction) {
+  /// The fault that a transfer meets, and how often Release() was called before.
+  std::pair<Fault, int> Meet(Direction direction) {
     absl::MutexLock lock(&mu_);
     const Fault fault = direction == Direction::kRead ? reads_ : writes_;
     faults_ += fault != Fault::kNone;
-    return fault;
+    return {fault, releases_};
   }
   int releases() const {
     absl::MutexLock lock(&mu_);
@@ -121,7 +122,8 @@ class FaultTransport final : public Transport {
     }
 
     void Post(Transfer* transfer) override {
-      switch (transport_->plan_->Meet(transfer->direction)) {
+      const auto [fault, releases] = transport_->plan_->Meet(transfer->direction);
+      switch (fault) {
         case FaultPlan::Fault::kNone:
           inner_->Post(transfer);
           break;
@@ -129,7 +131,7 @@ class FaultTransport final : public Transport {
           dropped_.push_back(transfer);
           break;
         case FaultPlan::Fault::kDelay:
-          delayed_.push_back({transport_->plan_->releases(), transfer});
+          delayed_.push_back({releases, transfer});
           break;
         case FaultPlan::Fault::kCorrupt: {
           Probe probe;
