@@ -342,7 +342,7 @@ TEST_P(StoppedStoreTest, AStoppedStoreIsUnavailableAndComesBack) {
   const auto client = MakeClient(options);
   TestChain chain(TestLayout(), 16, 1);
   ASSERT_OK_AND_ASSIGN(const WriteResult written, Write(*client, chain.At(0), chain.Writes()));
-  store.Signal(SIGSTOP);
+  store.Stop();
   std::vector<std::byte> landing;
   EXPECT_THAT(ReadRecords(*client, RecordReads(TestLayout(), chain, written.pages, landing)),
               StatusIs(absl::StatusCode::kUnavailable, "no transfer has completed"));

@@ -66,6 +66,12 @@ class StoreProcess final {
   /// What it wrote to stderr until it listened or ended.
   const std::string& said() const { return said_; }
   void Signal(int signal) { CHECK(kill(pid_, signal) == 0); }
+  /// Stops all its threads; returns when they stand still.
+  void Stop() {
+    Signal(SIGSTOP);
+    int status = 0;
+    CHECK(waitpid(pid_, &status, WUNTRACED) == pid_ && WIFSTOPPED(status));
+  }
   void Kill() {
     Signal(SIGKILL);
     Wait();
