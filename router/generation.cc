@@ -149,7 +149,8 @@ void Generation::Place() {
   if (!choice) {
     return Fail(absl::UnavailableError(absl::StrCat(
         "no worker is ready for model '", facts_.model, "' (", cluster.workers.size(), " known, ",
-        facts_.excluded_addresses.size(), " refused the request); safe to retry")));
+        facts_.excluded_addresses.size(), " refused the request",
+        last_refusal_.empty() ? "" : ", the last: ", last_refusal_, "); safe to retry")));
   }
   worker_ = cluster.workers[*choice].handle;
   worker_id_ = cluster.workers[*choice].load.worker_id;
@@ -204,6 +205,7 @@ void Generation::OnWorkerDone(const absl::Status& status) {
     LogDebug("request {}: {} refused it: {}", execute_.request_id(), WorkerName(),
              status.ToString());
     facts_.excluded_addresses.push_back(worker_->address());
+    last_refusal_ = absl::StrCat(WorkerName(), ": ", status.message());
     return Place();
   }
   Fail(EndOfWorker(status));

@@ -134,6 +134,7 @@ class Generation final : public WorkerCallObserver,
   std::unique_ptr<StreamState> state_;
   std::shared_ptr<WorkerHandle> worker_;
   std::string worker_id_;
+  std::string last_refusal_;  // why the last worker that refused did so
 
   mutable absl::Mutex mu_;
   std::string request_id_ ABSL_GUARDED_BY(mu_);  // "" until the request was read

@@ -75,7 +75,7 @@ absl::Status Run() {
 int main(int argc, char** argv) {
   absl::SetProgramUsageMessage(
       "The router: takes requests by gRPC, tokenizes, picks a worker, streams text.\n"
-      "  nosara-router --workers=127.0.0.1:50061 --model=nosa-tiny=models/nosa-tiny\n"
+      "  nosara-router --workers=127.0.0.1:50060 --model=nosa-tiny=models/nosa-tiny\n"
       "Exit codes: 0 stopped by a signal, 1 could not start.");
   absl::FlagsUsageConfig usage;
   usage.version_string = [] { return "nosara-router " NOSARA_VERSION "\n"; };

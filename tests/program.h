@@ -8,8 +8,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <cstdlib>
+#include <algorithm>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "base/check.h"
@@ -45,15 +46,24 @@ class Program final {
       address_ = said_.substr(begin, said_.find_first_of(",\n", begin) - begin);
       break;
     }
+    // Goes on reading, or the program would stand still once the pipe is full.
+    reader_ = std::thread([this] {
+      char bytes[4096];
+      for (ssize_t count; (count = read(stderr_, bytes, sizeof(bytes))) > 0;) {
+        said_.append(bytes, static_cast<size_t>(count));
+      }
+    });
   }
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
   ~Program() {
     if (pid_ > 0) Kill();
+    // Its end: 10 kB tell why.
     if (::testing::Test::HasFailure()) {
-      ReadRest();
-      ADD_FAILURE() << path_ << " said:\n" << said_;
+      ADD_FAILURE() << path_ << " said:\n"
+                    << said().substr(said_.size() - std::min<size_t>(said_.size(), 10000));
     }
+    if (reader_.joinable()) reader_.join();
     close(stderr_);
   }
 
@@ -73,23 +83,17 @@ class Program final {
   }
   /// All that it wrote to stderr. Only after its end.
   const std::string& said() {
-    ReadRest();
+    if (reader_.joinable()) reader_.join();
     return said_;
   }
 
  private:
-  void ReadRest() {
-    char bytes[4096];
-    for (ssize_t count; (count = read(stderr_, bytes, sizeof(bytes))) > 0;) {
-      said_.append(bytes, static_cast<size_t>(count));
-    }
-  }
-
   const std::string path_;
   pid_t pid_ = 0;
   int stderr_ = -1;
-  std::string said_;
+  std::string said_;  // the reader's until it is joined
   std::string address_;
+  std::thread reader_;
 };
 
 }  // namespace nosara::testing

@@ -1,4 +1,6 @@
 // nosara-worker: one loaded model, serving nosara.worker.v1.
+#include <unistd.h>
+
 #include <cstdint>
 #include <iostream>
 #include <string>
@@ -20,7 +22,7 @@
 ABSL_FLAG(std::string, listen, "127.0.0.1:50060", "host:port to listen on; port 0: any free one");
 ABSL_FLAG(std::string, model_dir, "", "folder of the checkpoint: config.json, *.safetensors");
 ABSL_FLAG(std::string, model_name, "", "name that requests ask for");
-ABSL_FLAG(std::string, worker_id, "", "name of this worker in its cluster; empty: its address");
+ABSL_FLAG(std::string, worker_id, "", "name of this worker in its cluster; empty: host name and process id");
 ABSL_FLAG(std::vector<std::string>, stores, {}, "KV store nodes, host:port, separated by commas");
 ABSL_FLAG(std::string, store_path, "auto",
           "how bytes travel between worker and store: auto, mapped (shared memory of this machine) "
@@ -73,7 +75,11 @@ absl::Status Run() {
   options.model_dir = absl::GetFlag(FLAGS_model_dir);
   options.model_name = absl::GetFlag(FLAGS_model_name);
   options.worker_id = absl::GetFlag(FLAGS_worker_id);
-  if (options.worker_id.empty()) options.worker_id = options.listen;
+  if (options.worker_id.empty()) {
+    char host[256] = "";
+    gethostname(host, sizeof(host) - 1);
+    options.worker_id = absl::StrCat(host, "-", getpid());
+  }
   for (const std::string& address : absl::GetFlag(FLAGS_stores)) {
     kvstore::StoreEndpoint store;
     store.address = address;
@@ -113,7 +119,7 @@ int main(int argc, char** argv) {
       "The worker: loads a model, runs requests that a router sends, keeps their KV cache in the\n"
       "KV stores.\n"
       "  nosara-worker --model_dir=models/nosa-tiny --model_name=nosa-tiny "
-      "--stores=127.0.0.1:50070\n"
+      "--stores=127.0.0.1:50061\n"
       "Exit codes: 0 stopped by a signal, 1 could not start.");
   absl::FlagsUsageConfig usage;
   usage.version_string = [] { return "nosara-worker " NOSARA_VERSION "\n"; };

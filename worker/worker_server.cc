@@ -1,5 +1,6 @@
 #include "worker/worker_server.h"
 
+#include <grpc/grpc.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
@@ -59,9 +60,11 @@ absl::Status WorkerServer::Start(WorkerServerOptions options) {
   ASSIGN_OR_RETURN(engine_, Engine::Create(std::move(backend), store_.get(), Clock::Real(),
                                            options_.engine));
 
-  // Both are switches of the whole process, for the servers built after them.
+  // Switches of the whole process, for the servers built after them.
   static std::once_flag once;
   std::call_once(once, [] {
+    // Never undone: when its last object dies, gRPC waits up to 10 s for a poller of its own.
+    grpc_init();
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   });
