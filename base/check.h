@@ -17,8 +17,8 @@ namespace nosara::internal {
 
 }  // namespace nosara::internal
 
-#define CHECK(condition)                                                     \
-  (static_cast<bool>(condition) ? static_cast<void>(0)                       \
+#define CHECK(condition)                               \
+  (static_cast<bool>(condition) ? static_cast<void>(0) \
                                 : ::nosara::internal::CheckFailed(__FILE__, __LINE__, #condition))
 
 #ifdef NDEBUG

@@ -22,8 +22,8 @@ absl::Status InitLogging(absl::string_view program, absl::string_view level) {
     return absl::InvalidArgumentError(
         absl::StrCat("log_level '", level, "': must be debug, info, warning or error"));
   }
-  auto logger = std::make_shared<spdlog::logger>(
-      std::string(program), std::make_shared<spdlog::sinks::stderr_sink_mt>());
+  auto logger = std::make_shared<spdlog::logger>(std::string(program),
+                                                 std::make_shared<spdlog::sinks::stderr_sink_mt>());
   logger->set_level(parsed);
   logger->set_pattern("%Y-%m-%dT%H:%M:%S.%e %L %n[%P] %v");
   logger->flush_on(spdlog::level::info);

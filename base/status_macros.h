@@ -30,10 +30,10 @@ inline absl::Status Annotate(const absl::Status& status, absl::string_view conte
 #define NOSARA_CONCAT_INNER_(a, b) a##b
 #define NOSARA_CONCAT_(a, b) NOSARA_CONCAT_INNER_(a, b)
 
-#define RETURN_IF_ERROR(expr)                         \
-  do {                                                \
-    ::absl::Status nosara_status_ = (expr);           \
-    if (!nosara_status_.ok()) return nosara_status_;  \
+#define RETURN_IF_ERROR(expr)                        \
+  do {                                               \
+    ::absl::Status nosara_status_ = (expr);          \
+    if (!nosara_status_.ok()) return nosara_status_; \
   } while (false)
 
 #define ASSIGN_OR_RETURN(lhs, expr) \

@@ -124,8 +124,8 @@ void CondVar::Wait(Mutex* mutex) {
 }
 
 bool CondVar::WaitWithDeadline(Mutex* mutex, Time deadline) {
-  static auto* const real = Real<bool(CondVar*, Mutex*, Time)>(
-      "", "7CondVar16WaitWithDeadlineEPNS0_5MutexENS0_4TimeE");
+  static auto* const real =
+      Real<bool(CondVar*, Mutex*, Time)>("", "7CondVar16WaitWithDeadlineEPNS0_5MutexENS0_4TimeE");
   Released(mutex);
   const bool result = real(this, mutex, deadline);
   Acquired(mutex);

@@ -26,17 +26,16 @@ MATCHER(IsOk, "is OK") {
 MATCHER_P2(StatusIs, code, part, "") {
   const absl::Status& status = StatusOf(arg);
   *result_listener << status;
-  return status.code() == code &&
-         std::string(status.message()).find(part) != std::string::npos;
+  return status.code() == code && std::string(status.message()).find(part) != std::string::npos;
 }
 
 }  // namespace nosara::testing
 
 #define EXPECT_OK(expr) EXPECT_THAT((expr), ::nosara::testing::IsOk())
 #define ASSERT_OK(expr) ASSERT_THAT((expr), ::nosara::testing::IsOk())
-#define NOSARA_ASSERT_OK_AND_ASSIGN_(tmp, lhs, expr)    \
-  auto tmp = (expr);                                    \
-  ASSERT_TRUE(tmp.ok()) << tmp.status();                \
+#define NOSARA_ASSERT_OK_AND_ASSIGN_(tmp, lhs, expr) \
+  auto tmp = (expr);                                 \
+  ASSERT_TRUE(tmp.ok()) << tmp.status();             \
   lhs = *std::move(tmp)
 #define ASSERT_OK_AND_ASSIGN(lhs, expr) \
   NOSARA_ASSERT_OK_AND_ASSIGN_(NOSARA_TEST_CONCAT_(nosara_tmp_, __LINE__), lhs, expr)

@@ -67,7 +67,8 @@ absl::Status Run(const std::string& command) {
       context + decode_tokens > config.max_position_embeddings) {
     return absl::InvalidArgumentError(
         absl::StrCat("context, decode_tokens and chunk_tokens must be positive, context + "
-                     "decode_tokens at most ", config.max_position_embeddings));
+                     "decode_tokens at most ",
+                     config.max_position_embeddings));
   }
   CpuBackendOptions options;
   options.threads = absl::GetFlag(FLAGS_threads);

@@ -22,7 +22,8 @@
 ABSL_FLAG(std::string, listen, "127.0.0.1:50060", "host:port to listen on; port 0: any free one");
 ABSL_FLAG(std::string, model_dir, "", "folder of the checkpoint: config.json, *.safetensors");
 ABSL_FLAG(std::string, model_name, "", "name that requests ask for");
-ABSL_FLAG(std::string, worker_id, "", "name of this worker in its cluster; empty: host name and process id");
+ABSL_FLAG(std::string, worker_id, "",
+          "name of this worker in its cluster; empty: host name and process id");
 ABSL_FLAG(std::vector<std::string>, stores, {}, "KV store nodes, host:port, separated by commas");
 ABSL_FLAG(std::string, store_path, "auto",
           "how bytes travel between worker and store: auto, mapped (shared memory of this machine) "
@@ -128,10 +129,10 @@ int main(int argc, char** argv) {
   };
   absl::SetFlagsUsageConfig(usage);
   const std::vector<char*> rest = absl::ParseCommandLine(argc, argv);
-  const absl::Status status =
-      rest.size() > 1 ? absl::InvalidArgumentError(absl::StrCat("unknown argument '", rest[1],
-                                                                "'; flags begin with --"))
-                      : nosara::worker::Run();
+  const absl::Status status = rest.size() > 1
+                                  ? absl::InvalidArgumentError(absl::StrCat(
+                                        "unknown argument '", rest[1], "'; flags begin with --"))
+                                  : nosara::worker::Run();
   if (status.ok()) return 0;
   std::cerr << "nosara-worker: " << status.message() << "\n";
   return 1;

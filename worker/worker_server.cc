@@ -55,10 +55,9 @@ absl::Status WorkerServer::Start(WorkerServerOptions options) {
   store.data_path = options_.store_path;
   store.ucx_tls = options_.ucx_tls;
   ASSIGN_OR_RETURN(store_, kvstore::GrpcStoreClient::Create(std::move(store)));
-  ASSIGN_OR_RETURN(auto backend,
-                   CpuBackend::Create(checkpoint_, store_.get(), options_.backend));
-  ASSIGN_OR_RETURN(engine_, Engine::Create(std::move(backend), store_.get(), Clock::Real(),
-                                           options_.engine));
+  ASSIGN_OR_RETURN(auto backend, CpuBackend::Create(checkpoint_, store_.get(), options_.backend));
+  ASSIGN_OR_RETURN(
+      engine_, Engine::Create(std::move(backend), store_.get(), Clock::Real(), options_.engine));
 
   // Switches of the whole process, for the servers built after them.
   static std::once_flag once;
@@ -102,12 +101,12 @@ std::shared_ptr<grpc::Channel> WorkerServer::InProcessChannel() {
 std::string WorkerServer::Describe() const {
   const ModelConfig& config = checkpoint_->config();
   const int slots = options_.backend.slots_per_head;
-  return absl::StrCat(
-      "model ", options_.model_name, " (", checkpoint_->weight_bytes() >> 20, " MiB ",
-      DTypeName(config.dtype), ", context ", config.max_position_embeddings, "), CPU backend with ",
-      options_.backend.threads, " threads, ",
-      slots == 0 ? std::string("all blocks resident")
-                 : absl::StrCat(slots, " slots per layer and KV head"));
+  return absl::StrCat("model ", options_.model_name, " (", checkpoint_->weight_bytes() >> 20,
+                      " MiB ", DTypeName(config.dtype), ", context ",
+                      config.max_position_embeddings, "), CPU backend with ",
+                      options_.backend.threads, " threads, ",
+                      slots == 0 ? std::string("all blocks resident")
+                                 : absl::StrCat(slots, " slots per layer and KV head"));
 }
 
 void WorkerServer::Shutdown(absl::Duration drain_timeout) {

@@ -54,7 +54,8 @@ void CacheToProto(const CacheCounters& cache, int64_t pages_written,
   proto->set_pages_written(pages_written);
 }
 
-absl::StatusOr<Request> RequestFromProto(const v1::ExecuteRequest& proto, const std::string& model) {
+absl::StatusOr<Request> RequestFromProto(const v1::ExecuteRequest& proto,
+                                         const std::string& model) {
   if (!proto.model().empty() && proto.model() != model) {
     return absl::NotFoundError(
         absl::StrCat("model '", proto.model(), "': this worker serves '", model, "'"));

@@ -46,8 +46,8 @@ class SystemTest : public ::testing::Test {
   static std::unique_ptr<Program> StartWorker(const std::string& store,
                                               std::vector<std::string> flags = {}) {
     flags.insert(flags.begin(),
-                 {"--listen=127.0.0.1:0", absl::StrCat("--model_dir=", kModel),
-                  "--model_name=tiny", absl::StrCat("--stores=", store), "--threads=1"});
+                 {"--listen=127.0.0.1:0", absl::StrCat("--model_dir=", kModel), "--model_name=tiny",
+                  absl::StrCat("--stores=", store), "--threads=1"});
     return std::make_unique<Program>(NOSARA_BIN "/nosara-worker", flags);
   }
   static std::unique_ptr<Program> StartRouter(const std::string& workers) {
@@ -98,7 +98,7 @@ class SystemTest : public ::testing::Test {
           if (!event.has_chunk()) return Continue::kYes;
           for (uint32_t id : event.chunk().token_ids()) output.tokens.push_back(id);
           return on_tokens == nullptr || on_tokens(output.tokens.size()) ? Continue::kYes
-                                                                          : Continue::kNo;
+                                                                         : Continue::kNo;
         },
         kTimeout);
     return output;
@@ -245,8 +245,8 @@ TEST_F(SystemTest, CancelledRequestFreesTheWorkerAtOnce) {
 }
 
 TEST_F(SystemTest, BrokenCheckpointsAreRefusedByName) {
-  const auto folder = std::filesystem::temp_directory_path() /
-                      absl::StrCat("nosara_system_test.", getpid());
+  const auto folder =
+      std::filesystem::temp_directory_path() / absl::StrCat("nosara_system_test.", getpid());
   std::filesystem::create_directories(folder);
   std::filesystem::copy(absl::StrCat(kModel, "/config.json"), folder / "config.json");
   std::ifstream in(absl::StrCat(kModel, "/model.safetensors"), std::ios::binary);
@@ -259,7 +259,7 @@ TEST_F(SystemTest, BrokenCheckpointsAreRefusedByName) {
   EXPECT_EQ(truncated.Wait(), 1);
   EXPECT_NE(truncated.said().find("model.safetensors"), std::string::npos) << truncated.said();
   Program nowhere(NOSARA_BIN "/nosara-worker", {"--model_dir=/does/not/exist", "--model_name=x",
-                                                 "--stores=127.0.0.1:1", "--listen=127.0.0.1:0"});
+                                                "--stores=127.0.0.1:1", "--listen=127.0.0.1:0"});
   EXPECT_EQ(nowhere.Wait(), 1);
   EXPECT_NE(nowhere.said().find("/does/not/exist"), std::string::npos) << nowhere.said();
   Program few_slots(NOSARA_BIN "/nosara-worker",

@@ -112,9 +112,7 @@ class FakeStoreClient final : public kvstore::StoreClient {
     for (kvstore::LeaseId lease : leases) store_->leases_.erase(lease.value);
   }
   absl::Status CheckLease(kvstore::LeaseId lease) const override { return absl::OkStatus(); }
-  kvstore::Path PathTo(kvstore::StoreId store) const override {
-    return kvstore::Path::kInProcess;
-  }
+  kvstore::Path PathTo(kvstore::StoreId store) const override { return kvstore::Path::kInProcess; }
   kvstore::ClientStats stats() const override { return {}; }
   void Close() override {
     queue_.Close();

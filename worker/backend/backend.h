@@ -92,7 +92,7 @@ struct FinishedBlock {
 /// other items of the step are not affected.
 struct StepItemResult {
   absl::Status status;
-  std::optional<SampledToken> token;  // where asked for
+  std::optional<SampledToken> token;    // where asked for
   std::vector<FinishedBlock> finished;  // ascending
   CacheCounters counters;
 };

@@ -90,7 +90,8 @@ int32_t Draw(absl::Span<const float> logits, const SamplingParams& params, uint6
   if (params.top_p < 1) {
     double sum = 0;
     kept = 0;
-    while (kept < weights.size() && (kept == 0 || sum < params.top_p * total)) sum += weights[kept++];
+    while (kept < weights.size() && (kept == 0 || sum < params.top_p * total))
+      sum += weights[kept++];
   }
   // weights[0] is 1, so min_p compares against it directly.
   while (kept > 1 && weights[kept - 1] < params.min_p) --kept;

@@ -77,9 +77,9 @@ void PoolImportance(absl::Span<const float> e, absl::Span<float> importance) {
   }
 }
 
-void Select(const NosaConfig& config, AttentionPolicy policy, int64_t t,
-            absl::Span<const float> S, absl::Span<const float> E, SelectionScratch& scratch,
-            std::vector<int32_t>& selected, SelectionMargins* margins) {
+void Select(const NosaConfig& config, AttentionPolicy policy, int64_t t, absl::Span<const float> S,
+            absl::Span<const float> E, SelectionScratch& scratch, std::vector<int32_t>& selected,
+            SelectionMargins* margins) {
   const int32_t b = static_cast<int32_t>(t / kBlock);
   const int32_t blocks = b + 1;
   if (margins != nullptr) *margins = {kInfinity, kInfinity};
@@ -108,7 +108,8 @@ void Select(const NosaConfig& config, AttentionPolicy policy, int64_t t,
   }
 
   // What it leaves is filled by the query-agnostic importance.
-  if (policy == AttentionPolicy::kNosa && selected.size() < static_cast<size_t>(config.topk_blocks)) {
+  if (policy == AttentionPolicy::kNosa &&
+      selected.size() < static_cast<size_t>(config.topk_blocks)) {
     CHECK(static_cast<int32_t>(E.size()) == blocks);
     const size_t fill = config.topk_blocks - selected.size();
     keys.clear();

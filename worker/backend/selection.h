@@ -54,8 +54,8 @@ struct SelectionMargins {
 /// init_blocks, and b - window_blocks .. b with b = t/64) count as +inf in S. While t/64 + 1 <=
 /// topk_blocks, and always under kFull, all blocks are selected. NaN counts as -inf.
 /// `margins` may be null.
-void Select(const NosaConfig& config, AttentionPolicy policy, int64_t t,
-            absl::Span<const float> S, absl::Span<const float> E, SelectionScratch& scratch,
-            std::vector<int32_t>& selected, SelectionMargins* margins = nullptr);
+void Select(const NosaConfig& config, AttentionPolicy policy, int64_t t, absl::Span<const float> S,
+            absl::Span<const float> E, SelectionScratch& scratch, std::vector<int32_t>& selected,
+            SelectionMargins* margins = nullptr);
 
 }  // namespace nosara::worker

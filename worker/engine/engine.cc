@@ -107,8 +107,8 @@ absl::Status Engine::Validate(const Request& request) const {
   for (const std::vector<int32_t>* tokens : {&request.prompt, &request.generated}) {
     for (int32_t token : *tokens) {
       if (token < 0 || token >= config.vocab_size) {
-        return absl::InvalidArgumentError(absl::StrCat(
-            "token ", token, ": must be 0 to ", config.vocab_size - 1));
+        return absl::InvalidArgumentError(
+            absl::StrCat("token ", token, ": must be 0 to ", config.vocab_size - 1));
       }
     }
   }
@@ -146,17 +146,16 @@ absl::StatusOr<RequestHandle> Engine::Submit(Request request, std::shared_ptr<Re
   sequence->prefill_tokens = sequence->tokens.size();
   sequence->request = std::move(request);
   sequence->sink = std::move(sink);
-  const bool pushed =
-      inbox_.TryPush([this, sequence = std::move(sequence)]() mutable {
-        const uint64_t value = sequence->handle;
-        if (stopping_) {
-          sequence->sink->OnFailed(absl::UnavailableError("the worker is stopping"));
-          waiting_.fetch_sub(1, std::memory_order_relaxed);
-          return;
-        }
-        sequences_[value] = std::move(sequence);
-        queue_.push_back(value);
-      });
+  const bool pushed = inbox_.TryPush([this, sequence = std::move(sequence)]() mutable {
+    const uint64_t value = sequence->handle;
+    if (stopping_) {
+      sequence->sink->OnFailed(absl::UnavailableError("the worker is stopping"));
+      waiting_.fetch_sub(1, std::memory_order_relaxed);
+      return;
+    }
+    sequences_[value] = std::move(sequence);
+    queue_.push_back(value);
+  });
   if (!pushed) {
     waiting_.fetch_sub(1, std::memory_order_relaxed);
     return absl::UnavailableError("the worker is stopping");
@@ -307,13 +306,13 @@ void Engine::LookUp(Sequence& sequence) {
   }
   sequence.NeedKeys(blocks);
   ++store_operations_;
-  store_->Lookup(sequence.keys, [this, handle = sequence.handle](
-                                    absl::StatusOr<kvstore::LookupResult> result) {
-    Post([this, handle, result = std::move(result)]() mutable {
-      --store_operations_;
-      OnLookup(handle, std::move(result));
-    });
-  });
+  store_->Lookup(sequence.keys,
+                 [this, handle = sequence.handle](absl::StatusOr<kvstore::LookupResult> result) {
+                   Post([this, handle, result = std::move(result)]() mutable {
+                     --store_operations_;
+                     OnLookup(handle, std::move(result));
+                   });
+                 });
 }
 
 void Engine::OnLookup(uint64_t handle, absl::StatusOr<kvstore::LookupResult> result) {
@@ -346,8 +345,8 @@ void Engine::OnLookup(uint64_t handle, absl::StatusOr<kvstore::LookupResult> res
   auto bytes = std::make_shared<std::vector<std::byte>>(result->pages.size() * prefix_bytes);
   std::vector<kvstore::PrefixRead> reads;
   for (size_t i = 0; i < result->pages.size(); ++i) {
-    reads.push_back({result->pages[i], absl::MakeSpan(*bytes).subspan(i * prefix_bytes,
-                                                                      prefix_bytes)});
+    reads.push_back(
+        {result->pages[i], absl::MakeSpan(*bytes).subspan(i * prefix_bytes, prefix_bytes)});
   }
   ++store_operations_;
   store_->ReadPrefixes(std::move(reads), [this, handle, pages = std::move(result->pages),
@@ -372,8 +371,8 @@ void Engine::OnPrefixes(uint64_t handle, std::vector<kvstore::PageRef> pages,
     const size_t prefix_bytes = backend_->layout().prefix_bytes();
     std::vector<BoundPage> bound;
     for (size_t i = 0; i < pages.size(); ++i) {
-      bound.push_back({pages[i], absl::MakeConstSpan(*bytes).subspan(i * prefix_bytes,
-                                                                     prefix_bytes)});
+      bound.push_back(
+          {pages[i], absl::MakeConstSpan(*bytes).subspan(i * prefix_bytes, prefix_bytes)});
     }
     status = backend_->BindPages(sequence->id(), bound);
     cached = static_cast<int64_t>(pages.size()) * kBlockTokens;
@@ -419,8 +418,7 @@ bool Engine::RunStep() {
       const Sequence& sequence = *candidates[one.view];
       StepItem item;
       item.sequence = sequence.id();
-      item.tokens =
-          absl::MakeConstSpan(sequence.tokens).subspan(sequence.position, one.tokens);
+      item.tokens = absl::MakeConstSpan(sequence.tokens).subspan(sequence.position, one.tokens);
       if (sequence.position + one.tokens == static_cast<int64_t>(sequence.tokens.size())) {
         item.sample = SampleRequest{sequence.request.sampling, sequence.tokens,
                                     sequence.request.prompt.size()};
@@ -499,15 +497,15 @@ void Engine::StoreBlocks(Sequence& sequence) {
   }
   sequence.write_in_flight = true;
   ++store_operations_;
-  store_->Write(position, std::move(writes),
-                [this, handle = sequence.handle, blocks = std::move(blocks)](
-                    absl::StatusOr<kvstore::WriteResult> result) mutable {
-                  Post([this, handle, blocks = std::move(blocks),
-                        result = std::move(result)]() mutable {
-                    --store_operations_;
-                    OnWritten(handle, std::move(blocks), std::move(result));
-                  });
-                });
+  store_->Write(
+      position, std::move(writes),
+      [this, handle = sequence.handle,
+       blocks = std::move(blocks)](absl::StatusOr<kvstore::WriteResult> result) mutable {
+        Post([this, handle, blocks = std::move(blocks), result = std::move(result)]() mutable {
+          --store_operations_;
+          OnWritten(handle, std::move(blocks), std::move(result));
+        });
+      });
 }
 
 void Engine::OnWritten(uint64_t handle, std::vector<FinishedBlock> blocks,
@@ -528,8 +526,8 @@ void Engine::OnWritten(uint64_t handle, std::vector<FinishedBlock> blocks,
     auto prefixes = std::make_shared<std::vector<std::byte>>(blocks.size() * prefix_bytes);
     std::vector<kvstore::PrefixRead> reads;
     for (size_t i = 0; i < blocks.size(); ++i) {
-      reads.push_back({result->pages[i],
-                       absl::MakeSpan(*prefixes).subspan(i * prefix_bytes, prefix_bytes)});
+      reads.push_back(
+          {result->pages[i], absl::MakeSpan(*prefixes).subspan(i * prefix_bytes, prefix_bytes)});
     }
     ++store_operations_;
     store_->ReadPrefixes(
@@ -547,8 +545,7 @@ void Engine::OnWritten(uint64_t handle, std::vector<FinishedBlock> blocks,
   std::vector<std::vector<uint64_t>> checksums(blocks.size());
   for (size_t i = 0; i < blocks.size(); ++i) {
     for (int record = 0; record < backend_->layout().num_records(); ++record) {
-      checksums[i].push_back(
-          kvstore::RecordChecksum(backend_->layout(), *blocks[i].page, record));
+      checksums[i].push_back(kvstore::RecordChecksum(backend_->layout(), *blocks[i].page, record));
     }
   }
   CommitBlocks(*sequence, blocks, *result, checksums);
@@ -666,7 +663,8 @@ void Engine::PublishLoad() {
   for (uint64_t handle : running_) {
     const Sequence& sequence = *sequences_[handle];
     load.running_tokens += sequence.tokens.size();
-    load.pending_prefill_tokens += std::max<int64_t>(0, sequence.prefill_tokens - sequence.position);
+    load.pending_prefill_tokens +=
+        std::max<int64_t>(0, sequence.prefill_tokens - sequence.position);
   }
   for (uint64_t handle : queue_) load.pending_prefill_tokens += sequences_[handle]->prefill_tokens;
   load.cache = total_cache_;

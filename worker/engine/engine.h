@@ -143,17 +143,17 @@ class Engine final {
   const EngineOptions options_;
 
   BoundedQueue<Event> inbox_;
-  std::atomic<uint64_t> next_handle_{1};   // relaxed: only uniqueness matters
-  std::atomic<int64_t> waiting_{0};        // relaxed: a bound, checked again by nobody
-  std::atomic<bool> draining_{false};      // relaxed: a flag without data
+  std::atomic<uint64_t> next_handle_{1};  // relaxed: only uniqueness matters
+  std::atomic<int64_t> waiting_{0};       // relaxed: a bound, checked again by nobody
+  std::atomic<bool> draining_{false};     // relaxed: a flag without data
 
   // Owned by the engine thread.
   absl::flat_hash_map<uint64_t, std::unique_ptr<Sequence>> sequences_;
-  std::deque<uint64_t> queue_;          // not yet admitted, in order of arrival
-  std::vector<uint64_t> running_;       // in the backend, in order of admission
+  std::deque<uint64_t> queue_;     // not yet admitted, in order of arrival
+  std::vector<uint64_t> running_;  // in the backend, in order of admission
   CacheCounters total_cache_;
   int64_t total_pages_written_ = 0;
-  int64_t store_operations_ = 0;        // in flight
+  int64_t store_operations_ = 0;  // in flight
   bool stopping_ = false;
 
   mutable absl::Mutex load_mu_;

@@ -23,10 +23,10 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/status_macros.h"
-#include "tests/kvstore/bench/ucx_bare_loop.h"
 #include "kvstore/client/control_client.h"
 #include "kvstore/client/grpc_store_client.h"
 #include "kvstore/server/kvstore_server.h"
+#include "tests/kvstore/bench/ucx_bare_loop.h"
 
 ABSL_FLAG(absl::Duration, duration, absl::Seconds(2), "How long each figure is measured.");
 ABSL_FLAG(int, depth, 32, "Reads in flight, 1 to 1024.");

@@ -30,8 +30,8 @@ json ReadJson(const std::string& path) {
 
 /// What the reference's README measured for float64 against float32 sums, with room.
 struct Tolerance {
-  float logits;     // absolute
-  float margin_s;   // below: a near-tie, the set may differ
+  float logits;    // absolute
+  float margin_s;  // below: a near-tie, the set may differ
   float margin_e;
 };
 
@@ -46,16 +46,17 @@ class GoldenTest : public ::testing::TestWithParam<std::string> {
   void SetUp() override {
     golden_ = ReadJson(kGolden + GetParam() + ".json");
     prompts_ = ReadJson(kGolden + golden_["prompts"].get<std::string>());
-    ASSERT_OK_AND_ASSIGN(
-        tensors_, SafetensorsFile::Open(kGolden + golden_["tensors"].get<std::string>()));
+    ASSERT_OK_AND_ASSIGN(tensors_,
+                         SafetensorsFile::Open(kGolden + golden_["tensors"].get<std::string>()));
     const std::string model = golden_["model"];
     ASSERT_OK_AND_ASSIGN(
-        checkpoint_, Checkpoint::Open((model == "nosa-tiny" ? "models/" : "tests/testdata/") + model));
+        checkpoint_,
+        Checkpoint::Open((model == "nosa-tiny" ? "models/" : "tests/testdata/") + model));
     tolerance_ = ToleranceOf(checkpoint_->config().dtype);
 
     CpuBackendOptions options;
     const std::string policy = golden_["policy"];
-    options.policy = policy == "nosa"        ? AttentionPolicy::kNosa
+    options.policy = policy == "nosa"       ? AttentionPolicy::kNosa
                      : policy == "infllmv2" ? AttentionPolicy::kInfLlmV2
                                             : AttentionPolicy::kFull;
     options.bias = golden_["bias"].get<bool>() ? BiasMode::kAuto : BiasMode::kOff;
@@ -98,7 +99,8 @@ class GoldenTest : public ::testing::TestWithParam<std::string> {
       const auto found = observed_.find(where);
       if (found == observed_.end()) {
         // Dense: everything that exists is selected, which is not observed.
-        EXPECT_EQ(static_cast<int64_t>(expected.size()), golden["position"].get<int64_t>() / 64 + 1);
+        EXPECT_EQ(static_cast<int64_t>(expected.size()),
+                  golden["position"].get<int64_t>() / 64 + 1);
         continue;
       }
       const auto clear = [&](const char* name, float limit) {
@@ -111,9 +113,8 @@ class GoldenTest : public ::testing::TestWithParam<std::string> {
         all_tied_ += all_alike_ ? 1 : 0;
         continue;
       }
-      EXPECT_EQ(found->second, expected)
-          << "position " << golden["position"] << " layer " << golden["layer"] << " head "
-          << golden["kv_head"];
+      EXPECT_EQ(found->second, expected) << "position " << golden["position"] << " layer "
+                                         << golden["layer"] << " head " << golden["kv_head"];
     }
   }
 
@@ -160,8 +161,9 @@ TEST_P(GoldenTest, PrefillInChunksOfEverySize) {
     }
   }
   RecordProperty("worst_logit_difference", std::to_string(worst_logit_));
-  std::printf("[ golden   ] %s: %d selections compared, %d differ by a near-tie, logits within %.2g\n",
-              GetParam().c_str(), compared_, near_ties_, worst_logit_);
+  std::printf(
+      "[ golden   ] %s: %d selections compared, %d differ by a near-tie, logits within %.2g\n",
+      GetParam().c_str(), compared_, near_ties_, worst_logit_);
   // The exception must stay the exception, or this test shows nothing.
   EXPECT_LE(near_ties_, compared_ / 50 + all_tied_);
 }
@@ -182,8 +184,8 @@ TEST_P(GoldenTest, GreedyTextWhereTheChoiceIsClear) {
     for (size_t step = 0; step < expected.size(); ++step) {
       const auto row = std::find(kept.begin(), kept.end(), static_cast<int>(step));
       if (row != kept.end()) {
-        ExpectLogits(logits, kept_logits.subspan((row - kept.begin()) * logits.size(),
-                                                 logits.size()));
+        ExpectLogits(logits,
+                     kept_logits.subspan((row - kept.begin()) * logits.size(), logits.size()));
       }
       if (one["gaps"][step].get<float>() > 2 * tolerance_.logits) {
         const int best = std::max_element(logits.begin(), logits.end()) - logits.begin();
@@ -251,20 +253,21 @@ TEST_P(GoldenCacheTest, PagesHoldWhatTheReferenceCached) {
 
 std::string TestName(const ::testing::TestParamInfo<std::string>& info) {
   std::string name = info.param;
-  std::replace_if(name.begin(), name.end(), [](char c) { return c == '-' || c == '.'; }, '_');
+  std::replace_if(
+      name.begin(), name.end(), [](char c) { return c == '-' || c == '.'; }, '_');
   return name;
 }
 
 INSTANTIATE_TEST_SUITE_P(TinyModels, GoldenCacheTest,
                          ::testing::Values("tiny-f32.nosa", "tiny-bf16.nosa"), TestName);
 
-INSTANTIATE_TEST_SUITE_P(
-    TinyModels, GoldenTest,
-    ::testing::Values("tiny-f32.nosa", "tiny-f32.infllmv2", "tiny-f32.full", "tiny-f32.full-nobias",
-                      "tiny-bf16.nosa", "tiny-bf16.infllmv2", "tiny-bf16.full",
-                      "tiny-bf16.full-nobias", "tiny-llama.infllmv2", "tiny-llama.full",
-                      "tiny-llama-bias.full"),
-    TestName);
+INSTANTIATE_TEST_SUITE_P(TinyModels, GoldenTest,
+                         ::testing::Values("tiny-f32.nosa", "tiny-f32.infllmv2", "tiny-f32.full",
+                                           "tiny-f32.full-nobias", "tiny-bf16.nosa",
+                                           "tiny-bf16.infllmv2", "tiny-bf16.full",
+                                           "tiny-bf16.full-nobias", "tiny-llama.infllmv2",
+                                           "tiny-llama.full", "tiny-llama-bias.full"),
+                         TestName);
 
 // The demo model, with trained weights on real text. Its near-ties flip from the order of sums
 // alone (tests/reference/README.md), so some sets may differ; text is compared step by step on the
@@ -282,7 +285,7 @@ TEST_P(GoldenDemoModelTest, LogitsSelectionsAndGreedyText) {
   std::map<std::tuple<int64_t, int, int>, std::vector<int32_t>> observed;
   CpuBackendOptions options;
   const std::string policy = golden["policy"];
-  options.policy = policy == "nosa"        ? AttentionPolicy::kNosa
+  options.policy = policy == "nosa"       ? AttentionPolicy::kNosa
                    : policy == "infllmv2" ? AttentionPolicy::kInfLlmV2
                                           : AttentionPolicy::kFull;
   options.max_unstored_blocks = 128;
@@ -349,8 +352,7 @@ TEST(GoldenSelectionTest, EveryCase) {
   const auto scores = [](const json& values) {
     std::vector<float> out;
     for (const json& value : values) {
-      out.push_back(value.is_null() ? -std::numeric_limits<float>::infinity()
-                                    : value.get<float>());
+      out.push_back(value.is_null() ? -std::numeric_limits<float>::infinity() : value.get<float>());
     }
     return out;
   };
@@ -366,7 +368,7 @@ TEST(GoldenSelectionTest, EveryCase) {
     config.topk_blocks = numbers["topk_blocks"];
     const std::string policy = one["policy"];
     Select(config,
-           policy == "nosa"        ? AttentionPolicy::kNosa
+           policy == "nosa"       ? AttentionPolicy::kNosa
            : policy == "infllmv2" ? AttentionPolicy::kInfLlmV2
                                   : AttentionPolicy::kFull,
            one["position"], scores(one["s"]), scores(one["e"]), scratch, selected);

@@ -87,11 +87,11 @@ TEST(SamplerTest, PenaltiesActOnWhatWasSaid) {
   SamplingParams params;
   params.temperature = 0;
   params.repetition_penalty = 2;
-  EXPECT_EQ(Pick({3, 2, 1}, params, 0, {0}, 1), 1);     // the prompt counts
-  EXPECT_EQ(Pick({-1, -1.5f}, params, 0, {0}, 1), 1);   // negative logits move away from zero
+  EXPECT_EQ(Pick({3, 2, 1}, params, 0, {0}, 1), 1);    // the prompt counts
+  EXPECT_EQ(Pick({-1, -1.5f}, params, 0, {0}, 1), 1);  // negative logits move away from zero
   params.repetition_penalty = 1;
   params.presence_penalty = 1.5f;
-  EXPECT_EQ(Pick({3, 2, 1}, params, 0, {0}, 1), 0);     // only the output counts
+  EXPECT_EQ(Pick({3, 2, 1}, params, 0, {0}, 1), 0);  // only the output counts
   EXPECT_EQ(Pick({3, 2, 1}, params, 0, {1, 0}, 1), 1);
   params.presence_penalty = 0;
   params.frequency_penalty = 0.4f;

@@ -81,7 +81,8 @@ TEST(SelectionTest, AgreesWithASlowOne) {
     const float values[] = {-kInfinity, -1, -0.0f, 0.0f, 0.5f, 1};
     for (float& s : S) s = values[random() % 6];
     for (float& e : E) e = values[random() % 6];
-    const auto best = [&](std::vector<int32_t> from, const std::vector<float>& scores, size_t count) {
+    const auto best = [&](std::vector<int32_t> from, const std::vector<float>& scores,
+                          size_t count) {
       std::stable_sort(from.begin(), from.end(),
                        [&](int32_t a, int32_t b) { return scores[a] > scores[b]; });
       from.resize(std::min(from.size(), count));

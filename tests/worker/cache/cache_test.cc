@@ -33,7 +33,7 @@ TEST(SlotTableTest, RandomOperationsAgainstAMap) {
   constexpr int kSlots = 7;
   constexpr int kBlocks = 40;
   SlotTable table(kSlots, kBlocks);
-  std::map<int, uint64_t> resident;       // block -> last use
+  std::map<int, uint64_t> resident;  // block -> last use
   std::map<int, uint64_t> used;
   for (uint64_t step = 1; step < 3000; ++step) {
     for (int i = random() % 6; i >= 0; --i) {

@@ -422,9 +422,9 @@ TEST_F(EngineTest, FullQueueRefuses) {
   running->WaitForTokens(1);
   const auto second = Start(*worker.engine, MakeRequest(Prompt(10, 2), 1));
   const auto third = Start(*worker.engine, MakeRequest(Prompt(10, 3), 1));
-  EXPECT_THAT(worker.engine->Submit(MakeRequest(Prompt(10, 4), 1),
-                                    std::make_shared<CollectingSink>()),
-              StatusIs(absl::StatusCode::kResourceExhausted, "queue of 2"));
+  EXPECT_THAT(
+      worker.engine->Submit(MakeRequest(Prompt(10, 4), 1), std::make_shared<CollectingSink>()),
+      StatusIs(absl::StatusCode::kResourceExhausted, "queue of 2"));
 }
 
 TEST_F(EngineTest, StopFailsWhatRunsAndAnswersEverybody) {

@@ -21,8 +21,7 @@ void PackQueries(const AttentionShape& shape, absl::Span<const float> q, const A
   const size_t row = static_cast<size_t>(shape.group_size) * shape.head_dim;
   scratch.queries.resize(row * tile.tokens);
   for (int i = 0; i < tile.tokens; ++i) {
-    const float* from = q.data() +
-                        static_cast<size_t>(tile.first_row + i) * shape.query_stride +
+    const float* from = q.data() + static_cast<size_t>(tile.first_row + i) * shape.query_stride +
                         tile.kv_head * row;
     std::memcpy(scratch.queries.data() + i * row, from, row * sizeof(float));
   }

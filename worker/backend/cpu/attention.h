@@ -18,21 +18,21 @@ inline constexpr int kTileTokens = 32;
 /// A block that at least one query of a tile selects.
 struct TileBlock {
   int32_t block = 0;
-  uint32_t queries = 0;              // bit i: query i of the tile
+  uint32_t queries = 0;               // bit i: query i of the tile
   const std::byte* record = nullptr;  // set before AttendTile
 };
 
 /// Consecutive queries of one step item, for one KV head.
 struct AttentionTile {
-  int active = 0;         // the step item
+  int active = 0;  // the step item
   int kv_head = 0;
-  int first_row = 0;      // of the step's rows
-  int tokens = 0;         // 1 .. kTileTokens
-  int64_t position = 0;   // of the first query
-  std::vector<TileBlock> blocks;              // ascending
-  std::vector<int32_t> last_selected;         // the selection of the last query
-  std::vector<SelectionMargins> margins;      // per query, where observed
-  std::vector<std::vector<int32_t>> selected; // per query, where observed
+  int first_row = 0;                           // of the step's rows
+  int tokens = 0;                              // 1 .. kTileTokens
+  int64_t position = 0;                        // of the first query
+  std::vector<TileBlock> blocks;               // ascending
+  std::vector<int32_t> last_selected;          // the selection of the last query
+  std::vector<SelectionMargins> margins;       // per query, where observed
+  std::vector<std::vector<int32_t>> selected;  // per query, where observed
 };
 
 /// Reused buffers of one thread.
@@ -50,11 +50,11 @@ struct AttentionScratch {
 
 /// What all tiles of a layer share.
 struct AttentionShape {
-  int group_size = 0;  // G
-  int head_dim = 0;    // D
+  int group_size = 0;    // G
+  int head_dim = 0;      // D
   int query_stride = 0;  // floats from one row of q to the next: Hq * D
   DType dtype = DType::kF32;
-  bool bias = false;   // add c to the logits
+  bool bias = false;  // add c to the logits
 };
 
 /// Fills in `tile.blocks` and `tile.last_selected`. `q`: the step's queries [R, Hq*D], after RoPE,

@@ -36,8 +36,7 @@ void AddBias(absl::Span<float> rows, const std::vector<float>& bias) {
 
 absl::Status CpuBackendOptions::Validate(const ModelConfig& config) const {
   if (threads < 1 || threads > 1024) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("threads = ", threads, ": must be 1 to 1024"));
+    return absl::InvalidArgumentError(absl::StrCat("threads = ", threads, ": must be 1 to 1024"));
   }
   if (slots_per_head != 0 && slots_per_head < config.nosa.topk_blocks) {
     return absl::InvalidArgumentError(
@@ -84,9 +83,9 @@ CpuBackend::CpuBackend(std::shared_ptr<const Checkpoint> checkpoint, kvstore::St
       store_(store),
       options_(std::move(options)),
       layout_(layout),
-      fingerprint_(absl::StrCat(checkpoint_->fingerprint(), "/policy=",
-                                static_cast<int>(options_.policy), "/bias=",
-                                static_cast<int>(options_.bias))),
+      fingerprint_(absl::StrCat(checkpoint_->fingerprint(),
+                                "/policy=", static_cast<int>(options_.policy),
+                                "/bias=", static_cast<int>(options_.bias))),
       final_norm_(Widened(checkpoint_->final_norm())),
       parallel_(options_.threads),
       matmul_(&parallel_),
@@ -128,17 +127,16 @@ size_t CpuBackend::BytesReserved() const {
 absl::Status CpuBackend::AddSequence(SequenceId id, int64_t max_tokens) {
   CHECK(!sequences_.contains(id));
   if (max_tokens < 1 || max_tokens > config().max_position_embeddings) {
-    return absl::InvalidArgumentError(absl::StrCat("sequence of ", max_tokens,
-                                                   " tokens: must be 1 to ",
-                                                   config().max_position_embeddings));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "sequence of ", max_tokens, " tokens: must be 1 to ", config().max_position_embeddings));
   }
   const int slots = SlotsFor(max_tokens);
   const size_t needed =
       SequenceCache::BytesNeeded(layout_, max_tokens, slots, options_.max_unstored_blocks);
   if (needed > static_cast<size_t>(options_.cache_bytes)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("sequence of ", max_tokens, " tokens needs ", needed,
-                     " bytes of cache: the worker has ", options_.cache_bytes));
+    return absl::InvalidArgumentError(absl::StrCat("sequence of ", max_tokens, " tokens needs ",
+                                                   needed, " bytes of cache: the worker has ",
+                                                   options_.cache_bytes));
   }
   const size_t reserved = BytesReserved();
   if (reserved + needed > static_cast<size_t>(options_.cache_bytes)) {
@@ -339,8 +337,9 @@ void CpuBackend::AppendKeysAndValues(int index) {
         // c from the value projection as it is, before the cache's rounding.
         float c = 0;
         if (!layer.A.empty()) {
-          float x = Dot(absl::MakeConstSpan(layer.delta).subspan(
-                            static_cast<size_t>(head) * kv_width, kv_width), v);
+          float x = Dot(absl::MakeConstSpan(layer.delta)
+                            .subspan(static_cast<size_t>(head) * kv_width, kv_width),
+                        v);
           if (!layer.delta_bias.empty()) x += layer.delta_bias[head];
           c = layer.A[head] * Softplus(x);
         }
@@ -384,8 +383,8 @@ void CpuBackend::FetchWindowBlocks(int index) {
       const SlotId slot = table.Acquire(block, step_);
       CHECK(slot != kNoSlot);  // the first of this step
       table.Touch(block, step_);
-      missing.push_back({static_cast<int>(i), record, block,
-                         active.cache->slot_data(record, slot)});
+      missing.push_back(
+          {static_cast<int>(i), record, block, active.cache->slot_data(record, slot)});
       // The selection will find it resident, and count it so: it has been fetched all the same.
       ++active.fetched_early;
     }
@@ -464,8 +463,8 @@ void CpuBackend::SelectBlocks(int index) {
       }
     }
   }
-  const AttentionShape shape = {model.GroupSize(), model.head_dim,
-                                model.num_heads * model.head_dim, model.dtype, UsesBias()};
+  const AttentionShape shape = {model.GroupSize(), model.head_dim, model.num_heads * model.head_dim,
+                                model.dtype, UsesBias()};
   const bool observe = options_.observer != nullptr;
   parallel_.Run(static_cast<int>(tiles_.size()), [&](int i, int thread) {
     AttentionTile& tile = tiles_[i];
@@ -585,8 +584,7 @@ void CpuBackend::FetchMissing(std::vector<Missing>& missing) {
       continue;
     }
     for (const kvstore::RecordRead& read : fetch.reads) {
-      active_[i].counters.CountFetched(store_->PathTo(read.page.store), 1,
-                                       layout_.record_bytes());
+      active_[i].counters.CountFetched(store_->PathTo(read.page.store), 1, layout_.record_bytes());
     }
     store_->ReadRecords(std::move(fetch.reads), [&fetch](absl::Status status) {
       fetch.status = std::move(status);
@@ -604,8 +602,8 @@ void CpuBackend::FetchMissing(std::vector<Missing>& missing) {
 
 void CpuBackend::Attend(int index) {
   const ModelConfig& model = config();
-  const AttentionShape shape = {model.GroupSize(), model.head_dim,
-                                model.num_heads * model.head_dim, model.dtype, UsesBias()};
+  const AttentionShape shape = {model.GroupSize(), model.head_dim, model.num_heads * model.head_dim,
+                                model.dtype, UsesBias()};
   attended_.assign(position_.size() * model.num_heads * model.head_dim, 0.0f);
   parallel_.Run(static_cast<int>(tiles_.size()), [&](int i, int thread) {
     if (!active_[tiles_[i].active].status.ok()) return;

@@ -152,15 +152,15 @@ class CpuBackend final : public Backend {
 
   // Buffers of the running step; rows are the tokens of all items in order.
   std::vector<Active> active_;
-  std::vector<int64_t> position_;              // [R]
-  std::vector<float> hidden_, normed_;         // [R, hidden]
-  std::vector<float> q_, k_, v_;               // [R, heads * D]
-  std::vector<float> attended_, projected_;    // [R, Hq*D], [R, hidden]
-  std::vector<float> gate_, up_;               // [R, intermediate]
-  std::vector<float> cosine_, sine_;           // [R, D/2]
+  std::vector<int64_t> position_;            // [R]
+  std::vector<float> hidden_, normed_;       // [R, hidden]
+  std::vector<float> q_, k_, v_;             // [R, heads * D]
+  std::vector<float> attended_, projected_;  // [R, Hq*D], [R, hidden]
+  std::vector<float> gate_, up_;             // [R, intermediate]
+  std::vector<float> cosine_, sine_;         // [R, D/2]
   std::vector<AttentionTile> tiles_;
-  std::vector<AttentionScratch> scratch_;      // one per thread
-  AlignedBytes landing_;                       // records of this layer that have no slot
+  std::vector<AttentionScratch> scratch_;  // one per thread
+  AlignedBytes landing_;                   // records of this layer that have no slot
 };
 
 }  // namespace nosara::worker
