@@ -10,22 +10,31 @@ StoreConnection::StoreConnection(Options options)
     : options_(std::move(options)), control_(options_.address, options_.channel) {}
 
 void StoreConnection::WhenReady(Ready ready) {
-  Session session;
-  {
-    absl::MutexLock lock(&mu_);
-    if (state_ != State::kReady) {
-      waiting_.push_back(std::move(ready));
-      if (state_ == State::kConnecting) return;
-      state_ = State::kConnecting;
-    }
-    session = session_;
+  switch (Enlist(ready)) {
+    case Enlisted::kReady:
+      std::move(ready)(session());
+      break;
+    case Enlisted::kFirst:
+      control_.GetInfo(
+          {}, [this](absl::StatusOr<v1::GetInfoResponse> info) { OnInfo(std::move(info)); });
+      break;
+    case Enlisted::kWaiting:
+      break;
   }
-  if (ready) {
-    std::move(ready)(session);
-    return;
-  }
-  control_.GetInfo({},
-                   [this](absl::StatusOr<v1::GetInfoResponse> info) { OnInfo(std::move(info)); });
+}
+
+StoreConnection::Enlisted StoreConnection::Enlist(Ready& ready) {
+  absl::MutexLock lock(&mu_);
+  if (state_ == State::kReady) return Enlisted::kReady;
+  waiting_.push_back(std::move(ready));
+  if (state_ == State::kConnecting) return Enlisted::kWaiting;
+  state_ = State::kConnecting;
+  return Enlisted::kFirst;
+}
+
+StoreConnection::Session StoreConnection::session() const {
+  absl::MutexLock lock(&mu_);
+  return session_;
 }
 
 void StoreConnection::OnInfo(absl::StatusOr<v1::GetInfoResponse> info) {
@@ -82,10 +91,7 @@ void StoreConnection::DataPathBroken() {
   if (state_ == State::kReady) state_ = State::kDisconnected;
 }
 
-Path StoreConnection::path() const {
-  absl::MutexLock lock(&mu_);
-  return session_.path;
-}
+Path StoreConnection::path() const { return session().path; }
 
 bool StoreConnection::connected() const {
   absl::MutexLock lock(&mu_);

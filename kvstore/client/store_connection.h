@@ -64,6 +64,10 @@ class StoreConnection final {
 
  private:
   enum class State { kDisconnected, kConnecting, kReady };
+  enum class Enlisted { kReady, kFirst, kWaiting };
+  /// Puts `ready` among the waiting unless the connection is ready; whoever is kFirst connects.
+  Enlisted Enlist(Ready& ready);
+  Session session() const;
   void OnInfo(absl::StatusOr<v1::GetInfoResponse> info);
   void Finish(absl::StatusOr<Session> session);
 

@@ -41,8 +41,8 @@ struct TransferThread::Job {
 
 class TransferThread::PieceTransfer final : public Transfer {
  public:
-  PieceTransfer(TransferThread* thread, Job* job, Piece piece)
-      : thread_(thread), job_(job), piece_(std::move(piece)) {
+  PieceTransfer(TransferThread* thread, Job* job, const Piece& piece)
+      : thread_(thread), job_(job), piece_(piece) {
     local = piece_.local;
     direction = piece_.kind == Piece::Kind::kWritePage ? Direction::kWrite : Direction::kRead;
     const PageLayout& layout = thread->options_.layout;
@@ -102,7 +102,7 @@ void TransferThread::Submit(std::vector<Piece> pieces, DoneStatus done) {
     job->done = std::move(done);
     job->remaining = pieces.size();
     job->pieces.reserve(pieces.size());  // no reallocation: transports hold pointers
-    for (Piece& piece : pieces) job->pieces.emplace_back(this, job.get(), std::move(piece));
+    for (const Piece& piece : pieces) job->pieces.emplace_back(this, job.get(), piece);
     if (job->pieces.empty()) {
       finished_.push_back(std::move(job));
       return;
