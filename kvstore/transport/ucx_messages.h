@@ -1,5 +1,5 @@
 // What UcxMessageEndpoint and UcxTarget say to each other where there is no hardware for one-sided
-// accesses (TCP). UCX would emulate ucp_get and ucp_put there, but up to 1.18 at least its target
+// accesses (TCP). UCX would emulate ucp_get and ucp_put there, but in 1.13 (later ones not checked) its target
 // ends the whole process (ucs_fatal) when it answers a client that has died; active messages report
 // an error instead. See docs of UcxTarget.
 //
