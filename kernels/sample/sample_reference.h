@@ -1,0 +1,11 @@
+// The operation of kernels/sample/sample.h on the host: plain loops, for tests and benchmarks.
+#pragma once
+
+#include "kernels/sample/sample.h"
+
+namespace nosara::kernels {
+
+/// As the launch function of the same parameters, all pointers being host pointers.
+void ArgMaxReference(const ArgMaxParams& params);
+
+}  // namespace nosara::kernels
