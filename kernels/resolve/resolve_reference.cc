@@ -1,5 +1,6 @@
 #include "kernels/resolve/resolve_reference.h"
 
+#include <set>
 #include <tuple>
 
 namespace nosara::kernels {
@@ -36,6 +37,12 @@ int Acquire(const CacheView& cache, int sequence, int record, int block, uint32_
   return best;
 }
 
+void AddTotals(const ResolveParams& params, int r, int selected, int loaded) {
+  if (params.totals == nullptr) return;
+  params.totals[r].x += selected;
+  params.totals[r].y += loaded;
+}
+
 void ResolveRow(const ResolveParams& params, int r, int head) {
   const CacheView& cache = params.cache;
   const int sequence = params.rows_info[r].sequence;
@@ -67,6 +74,44 @@ void ResolveRow(const ResolveParams& params, int r, int head) {
     params.loads[(*params.num_loads)++] = Load{sequence, record, selected[i], local};
   }
   params.ranges[pair] = make_int2(resident, all);
+  AddTotals(params, r, params.count[pair], all - resident);
+}
+
+/// The rows first .. end - 1 of one sequence.
+void ResolveChunk(const ResolveParams& params, int first, int end, int head) {
+  const CacheView& cache = params.cache;
+  const int sequence = params.rows_info[first].sequence;
+  const int record = params.layer * params.num_kv_heads + head;
+  const int64_t row = cache.TableRow(sequence, record);
+  const auto selection_of = [&](int r) {
+    const int64_t pair = int64_t{r} * params.num_kv_heads + head;
+    const int32_t* begin = params.selected + pair * params.max_selected;
+    return std::set<int32_t>(begin, begin + params.count[pair]);
+  };
+  const auto mark = [&](const std::set<int32_t>& blocks, uint32_t step) {
+    for (const int32_t block : blocks) {
+      const int local = cache.slot_of[row * cache.max_blocks + block];
+      if (local >= 0) cache.stamp[row * cache.max_frames + local] = step;
+    }
+  };
+
+  std::set<int32_t> needed;
+  for (int r = first; r < end; ++r) needed.merge(selection_of(r));
+  // All that is here is marked before anything is given up.
+  mark(needed, *params.step - 1);
+  int loaded = 0;
+  for (const int32_t block : needed) {
+    if (cache.slot_of[row * cache.max_blocks + block] >= 0) continue;
+    const int local = Acquire(cache, sequence, record, block, *params.step - 1);
+    if (local < 0) {
+      ++*params.failures;
+      continue;
+    }
+    params.loads[(*params.num_loads)++] = Load{sequence, record, block, local};
+    ++loaded;
+  }
+  mark(selection_of(end - 1), *params.step);
+  AddTotals(params, first, static_cast<int>(needed.size()), loaded);
 }
 
 }  // namespace
@@ -78,12 +123,23 @@ void ResolveReference(const ResolveParams& params) {
   }
 }
 
+void ResolveChunksReference(const ResolveParams& params) {
+  for (int first = 0, end = 0; first < params.rows; first = end) {
+    const int sequence = params.rows_info[first].sequence;
+    end = first + 1;
+    while (end < params.rows && params.rows_info[end].sequence == sequence) ++end;
+    if (sequence < 0) continue;
+    for (int h = 0; h < params.num_kv_heads; ++h) ResolveChunk(params, first, end, h);
+  }
+}
+
 void OpenBlocksReference(const OpenBlocksParams& params) {
   for (int r = 0; r < params.rows; ++r) {
     const StepRow info = params.rows_info[r];
     if (info.sequence < 0 || info.position % kBlockTokens != 0) continue;
     const int block = info.position / kBlockTokens;
     for (int record = 0; record < params.cache.records; ++record) {
+      if (params.cache.SlotOf(info.sequence, record, block) >= 0) continue;
       if (Acquire(params.cache, info.sequence, record, block, *params.step) < 0) {
         ++*params.failures;
       }

@@ -11,6 +11,13 @@ namespace {
 /// What pages[] holds for a stored block without a page.
 constexpr uint64_t kStoredElsewhere = 1;
 
+/// Into the vector's own memory, so that views of the world stay valid.
+template <typename T>
+void CopyBack(const DeviceArray<T>& from, std::vector<T>& to) {
+  const std::vector<T> values = from.Download();
+  std::copy(values.begin(), values.end(), to.begin());
+}
+
 }  // namespace
 
 CacheWorld::CacheWorld(const WorldOptions& options, Random& random) : options_(options) {
@@ -274,17 +281,17 @@ void DeviceMirror::UploadPages() {
 }
 
 void DeviceMirror::Download() {
-  world_.slots = slots_.Download();
+  CopyBack(slots_, world_.slots);
   DownloadTables();
 }
 
 void DeviceMirror::DownloadTables() {
-  world_.frames = frames_.Download();
-  world_.num_frames = num_frames_.Download();
-  world_.index_frames = index_frames_.Download();
-  world_.slot_of = slot_of_.Download();
-  world_.block_of = block_of_.Download();
-  world_.stamp = stamp_.Download();
+  CopyBack(frames_, world_.frames);
+  CopyBack(num_frames_, world_.num_frames);
+  CopyBack(index_frames_, world_.index_frames);
+  CopyBack(slot_of_, world_.slot_of);
+  CopyBack(block_of_, world_.block_of);
+  CopyBack(stamp_, world_.stamp);
 }
 
 }  // namespace nosara::kernels

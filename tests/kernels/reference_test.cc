@@ -453,6 +453,37 @@ TEST(ResolveReferenceTest, WhatFindsNoSlotIsCounted) {
   EXPECT_EQ(table.num_loads, 2);
 }
 
+TEST(ResolveReferenceTest, ChunksByHand) {
+  FullTable table;
+  // Two rows: {0, 4} and {4, 3}. 0 and 3 are here; 4 takes the slot of 1.
+  const std::vector<StepRow> info = {{0, 300}, {0, 301}};
+  const std::vector<int32_t> selected = {0, 4, 4, 3};
+  const std::vector<int32_t> count = {2, 2};
+  table.step = 20;
+  ResolveParams params;
+  params.rows_info = info.data();
+  params.selected = selected.data();
+  params.count = count.data();
+  params.cache = table.cache.view;
+  params.step = &table.step;
+  params.loads = table.loads.data();
+  params.num_loads = &table.num_loads;
+  params.failures = &table.failures;
+  params.totals = table.ranges.data();
+  params.rows = 2;
+  params.num_kv_heads = 1;
+  params.max_selected = 2;
+  ResolveChunksReference(params);
+  EXPECT_EQ(table.cache.block_of, (std::vector<int32_t>{4, 3, 0, 2}));
+  EXPECT_EQ(table.cache.stamp, (std::vector<uint32_t>{20, 20, 19, 3}));
+  EXPECT_EQ(table.num_loads, 1);
+  EXPECT_EQ(table.loads[0].block, 4);
+  EXPECT_EQ(table.failures, 0);
+  EXPECT_EQ(table.ranges[0].x, -7 + 3);
+  EXPECT_EQ(table.ranges[0].y, -7 + 1);
+  EXPECT_EQ(table.ranges[1].x, -7);
+}
+
 TEST(ResolveReferenceTest, OpenBlocksByHand) {
   FullTable table;
   const std::vector<StepRow> info = {{0, 8 * 64}, {0, 8 * 64 + 1}, {-1, 64}};
@@ -460,6 +491,10 @@ TEST(ResolveReferenceTest, OpenBlocksByHand) {
   EXPECT_EQ(table.cache.block_of, (std::vector<int32_t>{8, 3, 0, 2}));
   EXPECT_EQ(table.cache.stamp[0], 10u);
   EXPECT_EQ(table.failures, 0);
+  table.step = 11;  // it has its slot: nothing happens
+  OpenBlocksReference({info.data(), table.cache.view, &table.step, &table.failures, 3});
+  EXPECT_EQ(table.cache.block_of, (std::vector<int32_t>{8, 3, 0, 2}));
+  EXPECT_EQ(table.cache.stamp[0], 10u);
 }
 
 TEST(ShrinkReferenceTest, ByHand) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <set>
 
 #include "kernels/common/record_reference.h"
 #include "kernels/score/score.h"
@@ -301,6 +302,63 @@ TEST_F(SelectTest, CanBeCaptured) {
   Scores scores = MakeScores(*world, 16);
   FillPartials(scores, 2);
   Check(*world, scores, SelectionNumbers{}, NearTies::kExcused, LaunchMode::kGraph);
+}
+
+TEST_F(SelectTest, ReplayedSelectionsChangeAtTheirRate) {
+  // 200 blocks, 18 of them forced for position 199 * 64 + 9; 46 of a ring of 182.
+  constexpr int kRecords = 4, kRing = 182;
+  const SelectionNumbers numbers;
+  const std::vector<StepRow> info = {{0, 199 * 64 + 9}, {-1, 0}, {1, 63 * 64}, {2, 199 * 64}};
+  const int rows = static_cast<int>(info.size());
+  std::vector<int32_t> rings;
+  for (int i = 0; i < rows * kRecords; ++i) {
+    for (const int32_t n : random_.Sample(kRing, kRing)) rings.push_back(n + 1);
+  }
+  DeviceArray<StepRow> device_info(info);
+  DeviceArray<int32_t> device_rings(rings);
+  std::vector<std::set<int32_t>> last(rows * 2);
+  for (uint32_t step = 1000; step < 1100; step += 2) {
+    DeviceArray<uint32_t> device_step(std::vector<uint32_t>{step});
+    DeviceArray<int32_t> selected(Poison<int32_t>(rows * 2 * 70)), count(Poison<int32_t>(rows * 2));
+    ReplayParams params;
+    params.rows_info = device_info.data();
+    params.rings = device_rings.data();
+    params.step = device_step.data();
+    params.selected = selected.data();
+    params.count = count.data();
+    params.numbers = numbers;
+    params.change = 1.5f;
+    params.ring_rows = rows;
+    params.ring_blocks = kRing;
+    params.records = kRecords;
+    params.rows = rows;
+    params.num_kv_heads = 2;
+    params.layer = 1;
+    params.max_selected = 70;
+    Launch(LaunchReplay, params);
+    const std::vector<int32_t> got = selected.Download(), got_count = count.Download();
+    for (int pair = 0; pair < rows * 2; ++pair) {
+      if (pair / 2 == 1 || pair / 2 == 2) {  // padding; no more blocks than topk
+        EXPECT_EQ(got_count[pair], -1);
+        ExpectPoison(got, pair * 70, pair * 70 + 70, "selection of a row that keeps its own");
+        continue;
+      }
+      ASSERT_EQ(got_count[pair], 64);
+      const std::set<int32_t> blocks(&got[pair * 70], &got[pair * 70] + 64);
+      ASSERT_EQ(blocks.size(), 64u) << "a block came twice";
+      EXPECT_EQ(*blocks.begin(), 0);
+      for (int n = 183; n <= 199; ++n) EXPECT_EQ(blocks.count(n), 1u) << n;
+      EXPECT_EQ(*blocks.rbegin(), 199);
+      int stayed = 0;
+      for (const int32_t n : blocks) stayed += last[pair].count(n);
+      // 1.5 a step: one or two leave.
+      if (step > 1000) {
+        EXPECT_TRUE(stayed == 62 || stayed == 63) << stayed;
+      }
+      last[pair] = blocks;
+    }
+    if (HasFailure()) return;
+  }
 }
 
 TEST_F(SelectTest, AllBlocks) {
