@@ -10,18 +10,33 @@ namespace nosara::worker {
 struct PagePool::Shared {
   explicit Shared(size_t page_bytes) : page_bytes(page_bytes) {}
   ~Shared() {
+    if (owner != nullptr) return;
     for (std::byte* page : free) std::free(page);
   }
 
   const size_t page_bytes;
+  std::shared_ptr<void> owner;  // of the pages; null: each is its own allocation
   absl::Mutex mu;
   std::vector<std::byte*> free ABSL_GUARDED_BY(mu);
   int in_use ABSL_GUARDED_BY(mu) = 0;
 };
 
+size_t PagePool::RoundedPage(size_t page_bytes) { return (page_bytes + 4095) / 4096 * 4096; }
+
 PagePool::PagePool(size_t page_bytes, int max_pages)
     : max_pages_(max_pages), shared_(std::make_shared<Shared>(page_bytes)) {
   CHECK(page_bytes > 0);
+}
+
+PagePool::PagePool(size_t page_bytes, absl::Span<std::byte> memory, std::shared_ptr<void> owner)
+    : max_pages_(static_cast<int>(memory.size() / RoundedPage(page_bytes))),
+      shared_(std::make_shared<Shared>(page_bytes)) {
+  CHECK(page_bytes > 0 && owner != nullptr);
+  absl::MutexLock lock(&shared_->mu);
+  shared_->owner = std::move(owner);
+  for (int i = 0; i < max_pages_; ++i) {
+    shared_->free.push_back(memory.data() + i * RoundedPage(page_bytes));
+  }
 }
 
 PagePool::~PagePool() = default;
@@ -39,8 +54,7 @@ PageBuffer PagePool::Allocate() {
   }
   const size_t page_bytes = shared_->page_bytes;
   if (memory == nullptr) {
-    const size_t rounded = (page_bytes + 4095) / 4096 * 4096;
-    memory = static_cast<std::byte*>(std::aligned_alloc(4096, rounded));
+    memory = static_cast<std::byte*>(std::aligned_alloc(4096, RoundedPage(page_bytes)));
     CHECK(memory != nullptr);
   }
   std::memset(memory, 0, page_bytes);

@@ -20,7 +20,14 @@ class PagePool final {
  public:
   /// `page_bytes` > 0; at most `max_pages` are out at any time.
   PagePool(size_t page_bytes, int max_pages);
+
+  /// A pool of the pages that fit into `memory` (4096-byte aligned), which `owner` keeps alive: for
+  /// memory that a device can reach.
+  PagePool(size_t page_bytes, absl::Span<std::byte> memory, std::shared_ptr<void> owner);
   ~PagePool();
+
+  /// Bytes that a page takes in such memory.
+  static size_t RoundedPage(size_t page_bytes);
 
   /// A zeroed page, or null when all are in use.
   PageBuffer Allocate();
