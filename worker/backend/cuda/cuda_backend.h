@@ -1,0 +1,142 @@
+// The backend that computes on an NVIDIA GPU.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/statusor.h"
+#include "kernels/pages/pages.h"
+#include "kvstore/api/store_client.h"
+#include "worker/backend/backend.h"
+#include "worker/backend/cuda/cuda_step.h"
+#include "worker/backend/cuda/device_cache.h"
+#include "worker/backend/selection.h"
+#include "worker/model/checkpoint.h"
+
+namespace nosara::worker {
+
+struct CudaBackendOptions {
+  /// CUDA device, as the driver numbers it.
+  int device = 0;
+  AttentionPolicy policy = AttentionPolicy::kNosa;
+  BiasMode bias = BiasMode::kAuto;
+  /// Slots per (sequence, layer, KV head) once a sequence decodes; at least topk_blocks, or 0: all
+  /// its blocks while they fit, and under pressure as few as the model allows.
+  int slots_per_head = 0;
+  /// Blocks of a sequence that may be open or not yet stored; 2 or more.
+  int max_unstored_blocks = 8;
+  /// Sequences at a time, 1 or more.
+  int max_sequences = 64;
+  /// Tokens of one prefill launch, 1 or more.
+  int max_prefill_rows = 512;
+  /// Device memory for the KV cache, bytes; 0: nine tenths of what is free when the weights are
+  /// there.
+  int64_t cache_bytes = 0;
+  /// Threads that sample where greedy choice on the device is not what was asked for.
+  int threads = 2;
+
+  absl::Status Validate(const ModelConfig& config) const;
+};
+
+/// Computes by nosa.md with the rounding points of docs/adr/0002-numerics.md.
+///
+/// A sequence has frames for all its blocks while it prefills. Once it decodes, its blocks stay
+/// while there is room; when another sequence needs frames, decoding ones give up theirs, down to
+/// the fewest they can do with, and from then on fetch what they select and do not hold.
+class CudaBackend final : public Backend {
+ public:
+  /// `store` must outlive the backend and have the checkpoint's layout; it may be null for
+  /// sequences that are never bound nor committed (tests). UNAVAILABLE without a usable GPU.
+  static absl::StatusOr<std::unique_ptr<CudaBackend>> Create(
+      std::shared_ptr<const Checkpoint> checkpoint, kvstore::StoreClient* store,
+      const CudaBackendOptions& options);
+  ~CudaBackend() override;
+
+  const ModelConfig& config() const override { return checkpoint_->config(); }
+  const kvstore::PageLayout& layout() const override { return layout_; }
+  const std::string& model_fingerprint() const override { return fingerprint_; }
+
+  absl::Status AddSequence(SequenceId id, int64_t max_tokens) override;
+  void RemoveSequence(SequenceId id) override;
+  absl::Status BindPages(SequenceId id, absl::Span<const BoundPage> pages) override;
+  void CommitBlock(SequenceId id, int block, const kvstore::PageRef& ref,
+                   absl::Span<const uint64_t> record_checksums) override;
+  int64_t Headroom(SequenceId id) const override;
+  std::vector<StepItemResult> PrefillChunk(absl::Span<const StepItem> items) override;
+  std::vector<StepItemResult> DecodeStep(absl::Span<const StepItem> items) override;
+  void CheckIntegrity() const override;
+
+  /// GPU, its memory, frames.
+  std::string Describe() const;
+  int free_frames() const { return cache_->free_frames(); }
+
+ private:
+  struct Block {
+    std::optional<kvstore::PageRef> ref;     // once stored
+    std::vector<uint64_t> record_checksums;  // once stored
+  };
+  struct Sequence {
+    int row = 0;  // in the device cache
+    int64_t tokens = 0;
+    int64_t max_tokens = 0;
+    int64_t unreported_from = 0;  // first block not reported as finished
+    std::vector<Block> blocks;
+    int unstored = 0;  // open or finished, without a ref
+    bool decoding = false;
+    /// Whether some block may be without a slot.
+    bool partial = false;
+    /// A bound block that the next step needs whole; -1: none.
+    int load_first = -1;
+  };
+  /// Piece of a step item that goes into one launch.
+  struct Piece {
+    size_t item = 0;
+    int64_t first = 0;
+    int64_t tokens = 0;
+  };
+
+  CudaBackend(std::shared_ptr<const Checkpoint> checkpoint, kvstore::StoreClient* store,
+              const CudaBackendOptions& options, const kvstore::PageLayout& layout);
+  absl::Status Start();
+
+  int FloorFrames(const Sequence& sequence) const;
+  absl::Status MakeRoom(int frames);
+  absl::Status BecomeDecoding(Sequence& sequence);
+  bool UsesBias() const;
+  /// Makes the device current for the calling thread, which need not be the one that created this.
+  void UseDevice() const;
+  Sequence& At(SequenceId id) { return *sequences_.at(id); }
+
+  std::vector<StepItemResult> Run(absl::Span<const StepItem> items, bool decode);
+  absl::Status Prepare(const StepItem& item, bool decode);
+  void RunPieces(absl::Span<const StepItem> items, absl::Span<const Piece> pieces, bool decode,
+                 std::vector<StepItemResult>& results);
+  absl::Status Fetch(absl::Span<const kernels::Load> loads, std::byte* landing,
+                     absl::Span<const StepItem> items, std::vector<StepItemResult>& results);
+  void SampleTokens(absl::Span<const StepItem> items, absl::Span<const size_t> sampled,
+                    absl::Span<const int32_t> greedy, std::vector<StepItemResult>& results);
+  absl::Status Export(absl::Span<const StepItem> items, std::vector<StepItemResult>& results);
+
+  // Constant after construction.
+  const std::shared_ptr<const Checkpoint> checkpoint_;
+  kvstore::StoreClient* const store_;
+  const CudaBackendOptions options_;
+  const kvstore::PageLayout layout_;
+  const std::string fingerprint_;
+  std::string device_name_;
+
+  cudaStream_t stream_ = nullptr;
+  std::unique_ptr<CudaWeights> weights_;
+  std::unique_ptr<DeviceCache> cache_;
+  std::unique_ptr<CudaStep> step_;
+  std::unique_ptr<PagePool> pages_;
+  PinnedArray<kernels::PageOfBlock> page_list_;
+  PinnedArray<std::byte> prefixes_;
+
+  absl::flat_hash_map<SequenceId, std::unique_ptr<Sequence>> sequences_;
+};
+
+}  // namespace nosara::worker

@@ -1,0 +1,847 @@
+#include "worker/backend/cuda/cuda_step.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+#include "kernels/append/append.h"
+#include "kernels/embed/embed.h"
+#include "kernels/gather/gather.h"
+#include "kernels/prefill/prefill.h"
+#include "kernels/rms_norm/rms_norm.h"
+#include "kernels/sample/sample.h"
+#include "kernels/score/score.h"
+#include "kernels/swiglu/swiglu.h"
+#include "kernels/windows/windows.h"
+
+namespace nosara::worker {
+namespace {
+
+using kernels::kBlockTokens;
+using kernels::Load;
+using kernels::RowTile;
+using kernels::StepRow;
+
+/// Thread blocks that fill the GPU a few times over: what splits of attention aim at.
+constexpr int kAttendThreadBlocks = 1024;
+constexpr int kMaxSplits = 64;
+/// The part of the records that were loaded is small: few splits, merged with the others.
+constexpr int kLoadedSplits = 2;
+/// Rows that share one reading of the compressed keys.
+constexpr int kScoreTileRows = 8;
+/// Sequences of one prefill step at most, which bounds the list of loads.
+constexpr int kMaxChunks = 8;
+
+// Offsets in the input: the stamp of the step, then arrays of max_rows.
+constexpr size_t kRowsOffset = 16;
+
+size_t TokensOffset(int rows) { return kRowsOffset + rows * sizeof(StepRow); }
+size_t ScoreTilesOffset(int rows) { return TokensOffset(rows) + rows * sizeof(int32_t); }
+size_t TilesOffset(int rows) { return ScoreTilesOffset(rows) + rows * sizeof(RowTile); }
+size_t SourceOffset(int rows) { return TilesOffset(rows) + rows * sizeof(RowTile); }
+size_t InputBytes(int rows) { return SourceOffset(rows) + rows * sizeof(int32_t); }
+
+// Offsets in the output, in ints: tokens [max_rows], failures, one unused, totals [max_rows, 2].
+size_t FailuresOffset(int rows) { return rows; }
+size_t TotalsOffset(int rows) { return rows + 2; }
+size_t OutputInts(int rows) { return TotalsOffset(rows) + 2 * static_cast<size_t>(rows); }
+
+/// The sizes that graphs are captured for: 1, 2, 4, 8, then in steps of at most a quarter.
+int RowBucket(int rows) {
+  int bucket = 1;
+  while (bucket < rows) {
+    bucket += bucket < 8 ? bucket : bucket < 32 ? 8 : bucket < 64 ? 16 : bucket < 128 ? 32 : 64;
+  }
+  return bucket;
+}
+
+int BlockBucket(int blocks, int max_blocks) {
+  int bucket = 32;
+  while (bucket < blocks) bucket *= 2;
+  return std::min(bucket, std::max(max_blocks, 1));
+}
+
+int WindowsFor(int blocks) {
+  return (4 * blocks + kernels::kIndexWindows - 1) / kernels::kIndexWindows *
+         kernels::kIndexWindows;
+}
+
+}  // namespace
+
+const char* StageName(Stage stage) {
+  switch (stage) {
+    case Stage::kInput:
+      return "input";
+    case Stage::kNorm:
+      return "norm";
+    case Stage::kMatMul:
+      return "matmul";
+    case Stage::kAppend:
+      return "append";
+    case Stage::kScore:
+      return "score";
+    case Stage::kSelect:
+      return "select";
+    case Stage::kResolve:
+      return "resolve";
+    case Stage::kGather:
+      return "gather";
+    case Stage::kAttend:
+      return "attend";
+    case Stage::kMerge:
+      return "merge";
+    case Stage::kActivation:
+      return "activation";
+    case Stage::kOutput:
+      return "output";
+  }
+  return "unknown";
+}
+
+#define NOSARA_STAGE(stage, what, launch)              \
+  if ((stages >> static_cast<int>(stage) & 1u) != 0) { \
+    RETURN_IF_ERROR(CudaStatus((launch), what));       \
+  }
+
+CudaStep::CudaStep(const CudaWeights* weights, DeviceCache* cache, const CudaStepOptions& options,
+                   cudaStream_t stream)
+    : weights_(weights),
+      cache_(cache),
+      options_(options),
+      stream_(stream),
+      model_(weights->config),
+      // Even, so that the pairs in the output are aligned.
+      max_rows_((std::max(options.max_prefill_rows, RowBucket(options.max_decode_rows)) + 7) / 8 *
+                8),
+      max_selected_(options.policy == AttentionPolicy::kFull
+                        ? cache->view().max_blocks
+                        : std::max(weights->config.nosa.topk_blocks, 1)),
+      group_(weights->config.GroupSize()) {}
+
+CudaStep::~CudaStep() {
+  cudaStreamSynchronize(stream_);
+  for (auto& [key, graph] : graphs_) cudaGraphExecDestroy(graph);
+  if (fork_ != nullptr) cudaEventDestroy(fork_);
+  if (join_ != nullptr) cudaEventDestroy(join_);
+  if (gather_stream_ != nullptr) cudaStreamDestroy(gather_stream_);
+}
+
+absl::StatusOr<std::unique_ptr<CudaStep>> CudaStep::Create(const CudaWeights* weights,
+                                                           DeviceCache* cache,
+                                                           const CudaStepOptions& options,
+                                                           cudaStream_t stream) {
+  const ModelConfig& model = weights->config;
+  if (model.head_dim != 64 && model.head_dim != 128) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("head_dim = ", model.head_dim, ": the CUDA backend takes 64 and 128"));
+  }
+  if (model.GroupSize() > kernels::kMaxGroup) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(model.GroupSize(),
+                     " query heads for each KV head: the CUDA backend takes at "
+                     "most ",
+                     kernels::kMaxGroup));
+  }
+  if (model.hidden_size % 8 != 0 || model.intermediate_size % 8 != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "hidden_size = ", model.hidden_size, ", intermediate_size = ", model.intermediate_size,
+        ": the CUDA backend takes multiples of 8"));
+  }
+  std::unique_ptr<CudaStep> step(new CudaStep(weights, cache, options, stream));
+  RETURN_IF_ERROR(step->Allocate());
+  return step;
+}
+
+absl::Status CudaStep::Allocate() {
+  RETURN_IF_ERROR(
+      CudaStatus(cudaStreamCreateWithFlags(&gather_stream_, cudaStreamNonBlocking), "stream"));
+  RETURN_IF_ERROR(CudaStatus(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming), "event"));
+  RETURN_IF_ERROR(CudaStatus(cudaEventCreateWithFlags(&join_, cudaEventDisableTiming), "event"));
+  ASSIGN_OR_RETURN(matmul_, CudaMatMul::Create());
+
+  const size_t rows = max_rows_;
+  const size_t decode_rows = RowBucket(options_.max_decode_rows);
+  const size_t hidden = model_.hidden_size;
+  const size_t half = model_.head_dim / 2;
+  const size_t q_width = static_cast<size_t>(model_.num_heads) * model_.head_dim;
+  const size_t kv_heads = model_.num_kv_heads;
+  const size_t kv_width = kv_heads * model_.head_dim;
+  const size_t pairs = rows * kv_heads;
+  const size_t decode_pairs = decode_rows * kv_heads;
+  const size_t max_blocks = cache_->view().max_blocks;
+  const auto device = [](auto& array, size_t size, const char* what) -> absl::Status {
+    using Array = std::remove_reference_t<decltype(array)>;
+    ASSIGN_OR_RETURN(array, Array::Create(size, what));
+    return absl::OkStatus();
+  };
+  RETURN_IF_ERROR(device(host_input_, InputBytes(max_rows_), "step input"));
+  RETURN_IF_ERROR(device(input_, InputBytes(max_rows_), "step input"));
+  RETURN_IF_ERROR(device(host_output_, OutputInts(max_rows_), "step output"));
+  RETURN_IF_ERROR(device(output_, OutputInts(max_rows_), "step output"));
+  RETURN_IF_ERROR(device(inverse_frequencies_, half, "RoPE"));
+  RETURN_IF_ERROR(device(hidden_, rows * hidden, "activations"));
+  RETURN_IF_ERROR(device(projected_, rows * hidden, "activations"));
+  RETURN_IF_ERROR(device(normed_, rows * hidden, "activations"));
+  RETURN_IF_ERROR(device(cosine_, rows * half, "activations"));
+  RETURN_IF_ERROR(device(sine_, rows * half, "activations"));
+  RETURN_IF_ERROR(device(qkv_, rows * (q_width + 2 * kv_width), "activations"));
+  RETURN_IF_ERROR(device(q_, rows * q_width, "activations"));
+  RETURN_IF_ERROR(device(attended_, rows * q_width, "activations"));
+  RETURN_IF_ERROR(device(gate_up_, rows * 2 * model_.intermediate_size, "activations"));
+  RETURN_IF_ERROR(device(activated_, rows * model_.intermediate_size, "activations"));
+  RETURN_IF_ERROR(
+      device(logits_, std::max<size_t>(decode_rows, kMaxChunks) * model_.vocab_size, "logits"));
+  RETURN_IF_ERROR(device(selected_, pairs * max_selected_, "selections"));
+  RETURN_IF_ERROR(device(selected_count_, pairs, "selections"));
+  RETURN_IF_ERROR(device(attend_slots_, decode_pairs * max_selected_, "selections"));
+  RETURN_IF_ERROR(device(attend_blocks_, decode_pairs * max_selected_, "selections"));
+  RETURN_IF_ERROR(device(ranges_, decode_pairs, "selections"));
+  RETURN_IF_ERROR(device(num_loads_, model_.num_layers + 1, "loads"));
+  // Of a decode step, of the chunks of a prefill step, of one block of all layers.
+  const size_t loads = std::max({decode_pairs * max_selected_, kMaxChunks * kv_heads * max_blocks,
+                                 static_cast<size_t>(cache_->view().records)});
+  RETURN_IF_ERROR(device(loads_, loads, "loads"));
+  RETURN_IF_ERROR(device(host_loads_, loads, "loads"));
+  RETURN_IF_ERROR(
+      device(landing_,
+             static_cast<size_t>(options_.landing_records) * kernels::RecordBytes(model_.head_dim),
+             "landing ring"));
+  if (!Full()) {
+    const size_t padded = kernels::PaddedGroup(group_);
+    const size_t most_windows = WindowsFor(static_cast<int>(max_blocks));
+    // As many rows as the budget allows, at least one tile's, at most all.
+    const size_t score_rows = std::min<size_t>(rows, ScoreRows(static_cast<int>(max_blocks)));
+    const size_t floats =
+        std::max<size_t>(score_rows * kv_heads * most_windows * padded,
+                         std::min<size_t>(options_.score_bytes / sizeof(float),
+                                          rows * kv_heads * most_windows * padded));
+    RETURN_IF_ERROR(device(scores_, floats, "scores"));
+    RETURN_IF_ERROR(
+        device(score_partials_, floats / kernels::kIndexWindows + pairs * padded, "scores"));
+  }
+  size_t partials = 0;
+  for (size_t bucket = 1; bucket <= decode_rows; bucket = RowBucket(static_cast<int>(bucket) + 1)) {
+    partials = std::max(partials, bucket * (Splits(static_cast<int>(bucket)) + kLoadedSplits));
+  }
+  RETURN_IF_ERROR(device(partial_o_, partials * q_width, "partial attention"));
+  RETURN_IF_ERROR(device(partial_mz_, partials * model_.num_heads, "partial attention"));
+
+  std::vector<double> inverse(half);
+  for (size_t i = 0; i < half; ++i) {
+    inverse[i] = std::pow(model_.rope_theta, -static_cast<double>(i) / half);
+  }
+  return CudaStatus(cudaMemcpy(inverse_frequencies_.data(), inverse.data(), half * sizeof(double),
+                               cudaMemcpyHostToDevice),
+                    "RoPE");
+}
+
+int CudaStep::ScoreRows(int blocks) const {
+  const int64_t row_bytes =
+      int64_t{4} * model_.num_kv_heads * WindowsFor(blocks) * kernels::PaddedGroup(group_);
+  const int64_t rows = options_.score_bytes / row_bytes / kScoreTileRows * kScoreTileRows;
+  return static_cast<int>(std::clamp<int64_t>(rows, kScoreTileRows, max_rows_));
+}
+
+int CudaStep::Splits(int rows) const {
+  const int groups = (group_ + 15) / 16;
+  return std::clamp(kAttendThreadBlocks / (rows * model_.num_kv_heads * groups), 1, kMaxSplits);
+}
+
+void CudaStep::FillInput(absl::Span<const StepToken> tokens, int rows) {
+  *In<uint32_t>(0, false) = step_;
+  StepRow* info = In<StepRow>(kRowsOffset, false);
+  int32_t* ids = In<int32_t>(TokensOffset(max_rows_), false);
+  for (int i = 0; i < rows; ++i) {
+    if (i < static_cast<int>(tokens.size())) {
+      info[i] = {tokens[i].sequence, tokens[i].position};
+      ids[i] = tokens[i].token;
+    } else {
+      info[i] = {-1, 0};
+      ids[i] = 0;
+    }
+  }
+}
+
+absl::Status CudaStep::PrepareProducts(int rows, int logits_rows) {
+  const int hidden = model_.hidden_size;
+  const int q_width = model_.num_heads * model_.head_dim;
+  const int qkv_width = q_width + 2 * model_.num_kv_heads * model_.head_dim;
+  const bool o_bias = weights_->layers[0].o_bias.size() > 0;
+  const auto prepare = [&](int n, int in, int out, bool bias) {
+    return matmul_->Prepare(n, in, out, bias, options_.tuning, stream_);
+  };
+  RETURN_IF_ERROR(prepare(rows, hidden, qkv_width, false));
+  RETURN_IF_ERROR(prepare(rows, q_width, hidden, o_bias));
+  RETURN_IF_ERROR(prepare(rows, hidden, 2 * model_.intermediate_size, false));
+  RETURN_IF_ERROR(prepare(rows, model_.intermediate_size, hidden, false));
+  if (logits_rows > 0) RETURN_IF_ERROR(prepare(logits_rows, hidden, model_.vocab_size, false));
+  return absl::OkStatus();
+}
+
+absl::Status CudaStep::Begin(int rows, uint32_t stages) {
+  NOSARA_STAGE(Stage::kInput, "step input",
+               cudaMemcpyAsync(input_.data(), host_input_.data(), InputBytes(max_rows_),
+                               cudaMemcpyHostToDevice, stream_));
+  NOSARA_STAGE(Stage::kInput, "step output",
+               cudaMemsetAsync(output_.data(), 0, output_.bytes(), stream_));
+  NOSARA_STAGE(Stage::kInput, "loads",
+               cudaMemsetAsync(num_loads_.data(), 0, num_loads_.bytes(), stream_));
+  kernels::OpenBlocksParams open;
+  open.rows_info = In<StepRow>(kRowsOffset, true);
+  open.cache = cache_->view();
+  open.step = In<uint32_t>(0, true);
+  open.failures = output_.data() + FailuresOffset(max_rows_);
+  open.rows = rows;
+  NOSARA_STAGE(Stage::kInput, "open blocks", kernels::LaunchOpenBlocks(open, stream_));
+  kernels::EmbedParams embed;
+  embed.table = weights_->embedding.data();
+  embed.tokens = In<int32_t>(TokensOffset(max_rows_), true);
+  embed.rows_info = In<StepRow>(kRowsOffset, true);
+  embed.inverse_frequencies = inverse_frequencies_.data();
+  embed.hidden = hidden_.data();
+  embed.cosine = cosine_.data();
+  embed.sine = sine_.data();
+  embed.rows = rows;
+  embed.width = model_.hidden_size;
+  embed.half = model_.head_dim / 2;
+  NOSARA_STAGE(Stage::kInput, "embedding", kernels::LaunchEmbed(embed, stream_));
+  return absl::OkStatus();
+}
+
+absl::Status CudaStep::BeginLayer(int index, int rows, uint32_t stages) {
+  const CudaWeights::Layer& layer = weights_->layers[index];
+  const int hidden = model_.hidden_size;
+  const int qkv_width = (model_.num_heads + 2 * model_.num_kv_heads) * model_.head_dim;
+  kernels::RmsNormParams norm;
+  norm.hidden = hidden_.data();
+  norm.addend = index > 0 ? projected_.data() : nullptr;
+  norm.weight = layer.input_norm.data();
+  norm.out = normed_.data();
+  norm.rows = rows;
+  norm.width = hidden;
+  norm.eps = model_.rms_norm_eps;
+  NOSARA_STAGE(Stage::kNorm, "norm", kernels::LaunchRmsNorm(norm, stream_));
+  if ((stages >> static_cast<int>(Stage::kMatMul) & 1u) != 0) {
+    RETURN_IF_ERROR(matmul_->Run(normed_.data(), layer.qkv.data(), nullptr, qkv_.data(), rows,
+                                 hidden, qkv_width, stream_));
+  }
+  kernels::AppendParams append;
+  append.qkv = qkv_.data();
+  append.bias = layer.qkv_bias.data();
+  append.A = layer.A.data();
+  append.delta = layer.delta.data();
+  append.delta_bias = layer.delta_bias.data();
+  append.cosine = cosine_.data();
+  append.sine = sine_.data();
+  append.rows_info = In<StepRow>(kRowsOffset, true);
+  append.q = q_.data();
+  append.cache = cache_->view();
+  append.rows = rows;
+  append.num_heads = model_.num_heads;
+  append.num_kv_heads = model_.num_kv_heads;
+  append.layer = index;
+  NOSARA_STAGE(Stage::kAppend, "append", kernels::LaunchAppend(append, stream_));
+  kernels::WindowsParams windows;
+  windows.rows_info = append.rows_info;
+  windows.cache = append.cache;
+  windows.rows = rows;
+  windows.num_kv_heads = model_.num_kv_heads;
+  windows.layer = index;
+  NOSARA_STAGE(Stage::kAppend, "windows", kernels::LaunchWindows(windows, stream_));
+  return absl::OkStatus();
+}
+
+absl::Status CudaStep::Select(int layer, const ScoreBatch& batch, const RowTile* tiles, int blocks,
+                              uint32_t stages) {
+  const NosaConfig& nosa = model_.nosa;
+  const int64_t first_pair = int64_t{batch.first_row} * model_.num_kv_heads;
+  kernels::SelectParams select;
+  select.rows_info = In<StepRow>(kRowsOffset, true) + batch.first_row;
+  select.cache = cache_->view();
+  select.logits = scores_.data();
+  select.partials = score_partials_.data();
+  select.selected = selected_.data() + first_pair * max_selected_;
+  select.count = selected_count_.data() + first_pair;
+  select.numbers.init_blocks = nosa.init_blocks;
+  select.numbers.window_blocks = nosa.window_blocks;
+  select.numbers.query_blocks =
+      options_.policy == AttentionPolicy::kNosa ? nosa.QueryAwareBlocks() : nosa.topk_blocks;
+  select.numbers.topk_blocks = nosa.topk_blocks;
+  select.rows = batch.rows;
+  select.num_heads = model_.num_heads;
+  select.num_kv_heads = model_.num_kv_heads;
+  select.layer = layer;
+  select.max_windows = WindowsFor(blocks);
+  select.max_selected = max_selected_;
+  select.max_blocks = blocks;
+  if (Full() || blocks <= nosa.topk_blocks) {
+    NOSARA_STAGE(Stage::kSelect, "selection", kernels::LaunchSelectAll(select, stream_));
+    return absl::OkStatus();
+  }
+  kernels::ScoreParams score;
+  score.q = q_.data() + int64_t{batch.first_row} * model_.num_heads * model_.head_dim;
+  score.rows_info = select.rows_info;
+  score.tiles = tiles;
+  score.cache = select.cache;
+  score.logits = scores_.data();
+  score.partials = score_partials_.data();
+  score.num_tiles = batch.tiles;
+  score.num_heads = model_.num_heads;
+  score.num_kv_heads = model_.num_kv_heads;
+  score.layer = layer;
+  score.max_windows = select.max_windows;
+  score.dense_blocks = nosa.topk_blocks;
+  NOSARA_STAGE(Stage::kScore, "scores", kernels::LaunchScore(score, stream_));
+  NOSARA_STAGE(Stage::kSelect, "selection", kernels::LaunchSelect(select, stream_));
+  if (options_.replay_rings != nullptr) {
+    kernels::ReplayParams replay;
+    replay.rows_info = select.rows_info;
+    replay.rings = options_.replay_rings;
+    replay.step = In<uint32_t>(0, true);
+    replay.selected = select.selected;
+    replay.count = select.count;
+    replay.numbers = select.numbers;
+    replay.change = options_.replay_change;
+    replay.ring_rows = options_.replay_rows;
+    replay.ring_blocks = options_.replay_ring_blocks;
+    replay.records = select.cache.records;
+    replay.rows = batch.rows;
+    replay.num_kv_heads = model_.num_kv_heads;
+    replay.layer = layer;
+    replay.max_selected = max_selected_;
+    NOSARA_STAGE(Stage::kSelect, "replay", kernels::LaunchReplay(replay, stream_));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaStep::Gather(int layer, cudaStream_t stream) {
+  kernels::GatherParams gather;
+  gather.loads = loads_.data();
+  gather.num_loads = num_loads_.data() + layer;
+  gather.cache = cache_->view();
+  gather.thread_blocks = options_.gather_thread_blocks;
+  return CudaStatus(kernels::LaunchGather(gather, stream), "gather");
+}
+
+absl::Status CudaStep::FetchLoads(int layer, const FetchFunction& fetch) {
+  int32_t count = 0;
+  RETURN_IF_ERROR(CudaStatus(cudaMemcpyAsync(host_output_.data(), num_loads_.data() + layer,
+                                             sizeof(count), cudaMemcpyDeviceToHost, stream_),
+                             "loads"));
+  RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(stream_), "resolve"));
+  count = host_output_[0];
+  if (count == 0) return absl::OkStatus();
+  RETURN_IF_ERROR(CudaStatus(cudaMemcpyAsync(host_loads_.data(), loads_.data(),
+                                             count * sizeof(Load), cudaMemcpyDeviceToHost, stream_),
+                             "loads"));
+  return FetchListed(count, fetch);
+}
+
+absl::Status CudaStep::FetchListed(int count, const FetchFunction& fetch) {
+  for (int first = 0; first < count; first += options_.landing_records) {
+    // Also: the last gather has read the landing ring.
+    RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(stream_), "gather"));
+    const int here = std::min(options_.landing_records, count - first);
+    RETURN_IF_ERROR(fetch(absl::MakeConstSpan(host_loads_.data() + first, here), landing_.data()));
+    RETURN_IF_ERROR(CudaStatus(cudaMemcpyAsync(num_loads_.data() + model_.num_layers, &here,
+                                               sizeof(here), cudaMemcpyHostToDevice, stream_),
+                               "loads"));
+    kernels::GatherParams gather;
+    gather.loads = loads_.data() + first;
+    gather.num_loads = num_loads_.data() + model_.num_layers;
+    gather.cache = cache_->view();
+    gather.landing = landing_.data();
+    gather.thread_blocks = options_.gather_thread_blocks;
+    RETURN_IF_ERROR(CudaStatus(kernels::LaunchGather(gather, stream_), "gather"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaStep::AttendDecode(int layer, const Shape& shape, uint32_t stages,
+                                    const FetchFunction& fetch) {
+  kernels::ResolveParams resolve;
+  resolve.rows_info = In<StepRow>(kRowsOffset, true);
+  resolve.selected = selected_.data();
+  resolve.count = selected_count_.data();
+  resolve.cache = cache_->view();
+  resolve.step = In<uint32_t>(0, true);
+  resolve.slots = attend_slots_.data();
+  resolve.blocks = attend_blocks_.data();
+  resolve.ranges = ranges_.data();
+  resolve.loads = loads_.data();
+  resolve.num_loads = num_loads_.data() + layer;
+  resolve.failures = output_.data() + FailuresOffset(max_rows_);
+  resolve.totals = reinterpret_cast<int2*>(output_.data() + TotalsOffset(max_rows_));
+  resolve.rows = shape.rows;
+  resolve.num_kv_heads = model_.num_kv_heads;
+  resolve.layer = layer;
+  resolve.max_selected = max_selected_;
+  NOSARA_STAGE(Stage::kResolve, "resolve", kernels::LaunchResolve(resolve, stream_));
+
+  const int resident_splits = Splits(shape.rows);
+  const bool loads = shape.missing != Missing::kNever;
+  kernels::AttendParams attend;
+  attend.q = q_.data();
+  attend.rows_info = resolve.rows_info;
+  attend.slots = attend_slots_.data();
+  attend.blocks = attend_blocks_.data();
+  attend.ranges = ranges_.data();
+  attend.cache = resolve.cache;
+  attend.partial_o = partial_o_.data();
+  attend.partial_mz = partial_mz_.data();
+  attend.rows = shape.rows;
+  attend.num_heads = model_.num_heads;
+  attend.num_kv_heads = model_.num_kv_heads;
+  attend.max_selected = max_selected_;
+  attend.first_split = 0;
+  attend.num_splits = resident_splits;
+  attend.total_splits = resident_splits + (loads ? kLoadedSplits : 0);
+  attend.part = kernels::AttendPart::kResident;
+  attend.bias = options_.bias;
+
+  const bool gathers =
+      shape.missing == Missing::kMapped && (stages >> static_cast<int>(Stage::kGather) & 1u) != 0;
+  if (gathers) {
+    // The gather runs beside the attention over what is here.
+    RETURN_IF_ERROR(CudaStatus(cudaEventRecord(fork_, stream_), "fork"));
+    RETURN_IF_ERROR(CudaStatus(cudaStreamWaitEvent(gather_stream_, fork_, 0), "fork"));
+    RETURN_IF_ERROR(Gather(layer, gather_stream_));
+    RETURN_IF_ERROR(CudaStatus(cudaEventRecord(join_, gather_stream_), "join"));
+  }
+  NOSARA_STAGE(Stage::kAttend, "attention", kernels::LaunchAttend(attend, stream_));
+  if (gathers) RETURN_IF_ERROR(CudaStatus(cudaStreamWaitEvent(stream_, join_, 0), "join"));
+  if (shape.missing == Missing::kFetched) RETURN_IF_ERROR(FetchLoads(layer, fetch));
+  if (loads) {
+    attend.first_split = resident_splits;
+    attend.num_splits = kLoadedSplits;
+    attend.part = kernels::AttendPart::kLoaded;
+    NOSARA_STAGE(Stage::kAttend, "attention", kernels::LaunchAttend(attend, stream_));
+  }
+  kernels::MergeParams merge;
+  merge.partial_o = partial_o_.data();
+  merge.partial_mz = partial_mz_.data();
+  merge.rows_info = resolve.rows_info;
+  merge.out = attended_.data();
+  merge.rows = shape.rows;
+  merge.num_heads = model_.num_heads;
+  merge.num_kv_heads = model_.num_kv_heads;
+  merge.head_dim = model_.head_dim;
+  merge.total_splits = attend.total_splits;
+  NOSARA_STAGE(Stage::kMerge, "merge", kernels::LaunchMerge(merge, stream_));
+  return absl::OkStatus();
+}
+
+absl::Status CudaStep::AttendPrefill(int layer, int rows, int tiles, int blocks, Missing missing,
+                                     const FetchFunction& fetch) {
+  kernels::ResolveParams resolve;
+  resolve.rows_info = In<StepRow>(kRowsOffset, true);
+  resolve.selected = selected_.data();
+  resolve.count = selected_count_.data();
+  resolve.cache = cache_->view();
+  resolve.step = In<uint32_t>(0, true);
+  resolve.loads = loads_.data();
+  resolve.num_loads = num_loads_.data() + layer;
+  resolve.failures = output_.data() + FailuresOffset(max_rows_);
+  resolve.totals = reinterpret_cast<int2*>(output_.data() + TotalsOffset(max_rows_));
+  resolve.rows = rows;
+  resolve.num_kv_heads = model_.num_kv_heads;
+  resolve.layer = layer;
+  resolve.max_selected = max_selected_;
+  resolve.max_blocks = blocks;
+  RETURN_IF_ERROR(CudaStatus(kernels::LaunchResolveChunks(resolve, stream_), "resolve"));
+  if (missing == Missing::kMapped) RETURN_IF_ERROR(Gather(layer, stream_));
+  if (missing == Missing::kFetched) RETURN_IF_ERROR(FetchLoads(layer, fetch));
+
+  kernels::PrefillParams prefill;
+  prefill.q = q_.data();
+  prefill.rows_info = resolve.rows_info;
+  prefill.tiles = In<RowTile>(TilesOffset(max_rows_), true);
+  prefill.selected = selected_.data();
+  prefill.count = selected_count_.data();
+  prefill.cache = resolve.cache;
+  prefill.out = attended_.data();
+  prefill.num_tiles = tiles;
+  prefill.num_heads = model_.num_heads;
+  prefill.num_kv_heads = model_.num_kv_heads;
+  prefill.layer = layer;
+  prefill.max_selected = max_selected_;
+  prefill.max_blocks = blocks;
+  prefill.bias = options_.bias;
+  return CudaStatus(kernels::LaunchPrefill(prefill, stream_), "attention");
+}
+
+absl::Status CudaStep::EndLayer(int index, int rows, uint32_t stages) {
+  const CudaWeights::Layer& layer = weights_->layers[index];
+  const int hidden = model_.hidden_size;
+  const int q_width = model_.num_heads * model_.head_dim;
+  const bool products = (stages >> static_cast<int>(Stage::kMatMul) & 1u) != 0;
+  if (products) {
+    RETURN_IF_ERROR(matmul_->Run(attended_.data(), layer.o.data(), layer.o_bias.data(),
+                                 projected_.data(), rows, q_width, hidden, stream_));
+  }
+  kernels::RmsNormParams norm;
+  norm.hidden = hidden_.data();
+  norm.addend = projected_.data();
+  norm.weight = layer.post_norm.data();
+  norm.out = normed_.data();
+  norm.rows = rows;
+  norm.width = hidden;
+  norm.eps = model_.rms_norm_eps;
+  NOSARA_STAGE(Stage::kNorm, "norm", kernels::LaunchRmsNorm(norm, stream_));
+  if (products) {
+    RETURN_IF_ERROR(matmul_->Run(normed_.data(), layer.gate_up.data(), nullptr, gate_up_.data(),
+                                 rows, hidden, 2 * model_.intermediate_size, stream_));
+  }
+  kernels::SwiGluParams swiglu;
+  swiglu.gate_up = gate_up_.data();
+  swiglu.out = activated_.data();
+  swiglu.rows = rows;
+  swiglu.width = model_.intermediate_size;
+  NOSARA_STAGE(Stage::kActivation, "activation", kernels::LaunchSwiGlu(swiglu, stream_));
+  if (products) {
+    RETURN_IF_ERROR(matmul_->Run(activated_.data(), layer.down.data(), nullptr, projected_.data(),
+                                 rows, model_.intermediate_size, hidden, stream_));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaStep::Output(int rows, const int32_t* source, uint32_t stages) {
+  if (rows > 0) {
+    kernels::RmsNormParams norm;
+    norm.hidden = hidden_.data();
+    norm.addend = projected_.data();
+    norm.weight = weights_->final_norm.data();
+    norm.out = normed_.data();
+    norm.source = source;
+    norm.rows = rows;
+    norm.width = model_.hidden_size;
+    norm.eps = model_.rms_norm_eps;
+    NOSARA_STAGE(Stage::kNorm, "norm", kernels::LaunchRmsNorm(norm, stream_));
+    if ((stages >> static_cast<int>(Stage::kMatMul) & 1u) != 0) {
+      RETURN_IF_ERROR(matmul_->Run(normed_.data(), weights_->output_matrix(), nullptr,
+                                   logits_.data(), rows, model_.hidden_size, model_.vocab_size,
+                                   stream_));
+    }
+    kernels::ArgMaxParams arg_max;
+    arg_max.logits = logits_.data();
+    arg_max.token = output_.data();
+    arg_max.rows = rows;
+    arg_max.vocab = model_.vocab_size;
+    NOSARA_STAGE(Stage::kOutput, "sampling", kernels::LaunchArgMax(arg_max, stream_));
+  }
+  NOSARA_STAGE(Stage::kOutput, "step output",
+               cudaMemcpyAsync(host_output_.data(), output_.data(), output_.bytes(),
+                               cudaMemcpyDeviceToHost, stream_));
+  return absl::OkStatus();
+}
+
+absl::Status CudaStep::LaunchDecode(const Shape& shape, uint32_t stages,
+                                    const FetchFunction& fetch) {
+  RETURN_IF_ERROR(Begin(shape.rows, stages));
+  const int score_rows = Full() ? shape.rows : ScoreRows(shape.blocks);
+  for (int layer = 0; layer < model_.num_layers; ++layer) {
+    RETURN_IF_ERROR(BeginLayer(layer, shape.rows, stages));
+    for (int first = 0; first < shape.rows; first += score_rows) {
+      const int rows = std::min(score_rows, shape.rows - first);
+      RETURN_IF_ERROR(Select(layer, {first, rows, 0, rows}, nullptr, shape.blocks, stages));
+    }
+    RETURN_IF_ERROR(AttendDecode(layer, shape, stages, fetch));
+    RETURN_IF_ERROR(EndLayer(layer, shape.rows, stages));
+  }
+  return Output(shape.rows, nullptr, stages);
+}
+
+absl::StatusOr<cudaGraphExec_t> CudaStep::Capture(const Shape& shape, uint32_t stages) {
+  RETURN_IF_ERROR(PrepareProducts(shape.rows, shape.rows));
+  RETURN_IF_ERROR(
+      CudaStatus(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capture"));
+  const absl::Status launched = LaunchDecode(shape, stages, nullptr);
+  cudaGraph_t graph = nullptr;
+  const absl::Status ended = CudaStatus(cudaStreamEndCapture(stream_, &graph), "capture");
+  RETURN_IF_ERROR(launched);
+  RETURN_IF_ERROR(ended);
+  cudaGraphExec_t exec = nullptr;
+  const absl::Status made = CudaStatus(cudaGraphInstantiate(&exec, graph, 0), "graph");
+  cudaGraphDestroy(graph);
+  RETURN_IF_ERROR(made);
+  return exec;
+}
+
+StepOutput CudaStep::Results(int tokens, int rows) const {
+  return {absl::MakeConstSpan(host_output_.data(), tokens),
+          absl::MakeConstSpan(
+              reinterpret_cast<const int2*>(host_output_.data() + TotalsOffset(max_rows_)), rows)};
+}
+
+absl::Status CudaStep::CheckFailures() {
+  const int failures = host_output_[FailuresOffset(max_rows_)];
+  if (failures == 0) return absl::OkStatus();
+  return absl::InternalError(
+      absl::StrCat(failures, " selected records found no slot: a sequence has too few frames"));
+}
+
+absl::StatusOr<StepOutput> CudaStep::Decode(absl::Span<const StepToken> tokens, Missing missing,
+                                            const FetchFunction& fetch) {
+  CHECK(!tokens.empty() && static_cast<int>(tokens.size()) <= options_.max_decode_rows);
+  Shape shape;
+  shape.rows = RowBucket(static_cast<int>(tokens.size()));
+  int blocks = 0;
+  for (const StepToken& token : tokens) {
+    blocks = std::max(blocks, token.position / kBlockTokens + 1);
+  }
+  shape.blocks = BlockBucket(blocks, cache_->view().max_blocks);
+  shape.missing = missing;
+  step_ += 2;
+  FillInput(tokens, shape.rows);
+  last_shape_ = shape;
+  if (missing == Missing::kFetched) {
+    RETURN_IF_ERROR(LaunchDecode(shape, kAllStages, fetch));
+  } else {
+    auto graph = std::find_if(graphs_.begin(), graphs_.end(),
+                              [&](const auto& entry) { return std::get<0>(entry) == shape.Key(); });
+    if (graph == graphs_.end()) {
+      ASSIGN_OR_RETURN(const cudaGraphExec_t exec, Capture(shape, kAllStages));
+      graphs_.emplace_back(shape.Key(), exec);
+      graph = graphs_.end() - 1;
+    }
+    RETURN_IF_ERROR(CudaStatus(cudaGraphLaunch(std::get<1>(*graph), stream_), "decode step"));
+  }
+  RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(stream_), "decode step"));
+  RETURN_IF_ERROR(CheckFailures());
+  return Results(static_cast<int>(tokens.size()), static_cast<int>(tokens.size()));
+}
+
+absl::StatusOr<StepOutput> CudaStep::Prefill(absl::Span<const StepToken> tokens, Missing missing,
+                                             const FetchFunction& fetch,
+                                             absl::Span<const int32_t> logits_rows) {
+  const int rows = static_cast<int>(tokens.size());
+  CHECK(rows > 0 && rows <= options_.max_prefill_rows);
+  CHECK(logits_rows.size() <= kMaxChunks);
+  int longest = 0;
+  int chunks = 0;
+  for (int i = 0; i < rows; ++i) {
+    longest = std::max(longest, tokens[i].position / kBlockTokens + 1);
+    chunks += i == 0 || tokens[i].sequence != tokens[i - 1].sequence ? 1 : 0;
+  }
+  CHECK(chunks <= kMaxChunks);
+  const int blocks = BlockBucket(longest, cache_->view().max_blocks);
+  step_ += 2;
+  FillInput(tokens, rows);
+  std::copy(logits_rows.begin(), logits_rows.end(), In<int32_t>(SourceOffset(max_rows_), false));
+
+  // Tiles of rows of one sequence: for attention over the whole step, for scores within each batch.
+  const auto tile = [&](int begin, int end, int most, auto&& emit) {
+    for (int first = begin; first < end;) {
+      int last = first + 1;
+      while (last < end && last - first < most && tokens[last].sequence == tokens[first].sequence) {
+        ++last;
+      }
+      emit(first, last - first);
+      first = last;
+    }
+  };
+  int attend_tiles = 0;
+  RowTile* attend = In<RowTile>(TilesOffset(max_rows_), false);
+  tile(0, rows, kernels::kPrefillTileRows, [&](int first, int count) {
+    attend[attend_tiles++] = {first, count};
+  });
+  std::vector<ScoreBatch> batches;
+  int score_tiles = 0;
+  RowTile* score = In<RowTile>(ScoreTilesOffset(max_rows_), false);
+  const int score_rows = Full() ? rows : ScoreRows(blocks);
+  for (int first = 0; first < rows; first += score_rows) {
+    ScoreBatch batch;
+    batch.first_row = first;
+    batch.rows = std::min(score_rows, rows - first);
+    batch.first_tile = score_tiles;
+    tile(first, first + batch.rows, kScoreTileRows, [&](int begin, int count) {
+      score[score_tiles++] = {begin - first, count};
+    });
+    batch.tiles = score_tiles - batch.first_tile;
+    batches.push_back(batch);
+  }
+
+  RETURN_IF_ERROR(Begin(rows, kAllStages));
+  for (int layer = 0; layer < model_.num_layers; ++layer) {
+    RETURN_IF_ERROR(BeginLayer(layer, rows, kAllStages));
+    for (const ScoreBatch& batch : batches) {
+      RETURN_IF_ERROR(Select(layer, batch,
+                             In<RowTile>(ScoreTilesOffset(max_rows_), true) + batch.first_tile,
+                             blocks, kAllStages));
+    }
+    RETURN_IF_ERROR(AttendPrefill(layer, rows, attend_tiles, blocks, missing, fetch));
+    RETURN_IF_ERROR(EndLayer(layer, rows, kAllStages));
+  }
+  RETURN_IF_ERROR(Output(static_cast<int>(logits_rows.size()),
+                         In<int32_t>(SourceOffset(max_rows_), true), kAllStages));
+  RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(stream_), "prefill step"));
+  RETURN_IF_ERROR(CheckFailures());
+  return Results(static_cast<int>(logits_rows.size()), rows);
+}
+
+absl::Status CudaStep::LoadBlock(int sequence, int block, const FetchFunction& fetch) {
+  const kernels::CacheView& view = cache_->view();
+  step_ += 2;
+  FillInput({{sequence, block * kBlockTokens, 0}}, 1);
+  RETURN_IF_ERROR(Begin(1, 1u << static_cast<int>(Stage::kInput)));
+  std::vector<int32_t> slots(view.records);
+  RETURN_IF_ERROR(CudaStatus(
+      cudaMemcpy2DAsync(slots.data(), sizeof(int32_t),
+                        view.slot_of + view.TableRow(sequence, 0) * view.max_blocks + block,
+                        view.max_blocks * sizeof(int32_t), sizeof(int32_t), view.records,
+                        cudaMemcpyDeviceToHost, stream_),
+      "slots"));
+  RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(stream_), "slots"));
+  CHECK(host_loads_.size() >= slots.size());
+  for (int r = 0; r < view.records; ++r) {
+    if (slots[r] < 0) {
+      return absl::InternalError("a bound block found no slot: its sequence has too few frames");
+    }
+    host_loads_[r] = {sequence, r, block, slots[r]};
+  }
+  RETURN_IF_ERROR(
+      CudaStatus(cudaMemcpyAsync(loads_.data(), host_loads_.data(), slots.size() * sizeof(Load),
+                                 cudaMemcpyHostToDevice, stream_),
+                 "loads"));
+  RETURN_IF_ERROR(FetchListed(view.records, fetch));
+  return CudaStatus(cudaStreamSynchronize(stream_), "gather");
+}
+
+absl::Status CudaStep::ReadLogits(int rows, absl::Span<float> out) {
+  CHECK(out.size() == static_cast<size_t>(rows) * model_.vocab_size);
+  RETURN_IF_ERROR(CudaStatus(cudaMemcpyAsync(out.data(), logits_.data(), out.size() * sizeof(float),
+                                             cudaMemcpyDeviceToHost, stream_),
+                             "logits"));
+  return CudaStatus(cudaStreamSynchronize(stream_), "logits");
+}
+
+absl::StatusOr<double> CudaStep::TimeStages(uint32_t stages, int repeats) {
+  ASSIGN_OR_RETURN(const cudaGraphExec_t graph, Capture(last_shape_, stages));
+  cudaEvent_t begin, end;
+  RETURN_IF_ERROR(CudaStatus(cudaEventCreate(&begin), "event"));
+  RETURN_IF_ERROR(CudaStatus(cudaEventCreate(&end), "event"));
+  std::vector<float> times;
+  absl::Status status;
+  for (int i = 0; i < repeats + 2 && status.ok(); ++i) {
+    status.Update(CudaStatus(cudaEventRecord(begin, stream_), "event"));
+    status.Update(CudaStatus(cudaGraphLaunch(graph, stream_), "graph"));
+    status.Update(CudaStatus(cudaEventRecord(end, stream_), "event"));
+    status.Update(CudaStatus(cudaEventSynchronize(end), "graph"));
+    float ms = 0;
+    status.Update(CudaStatus(cudaEventElapsedTime(&ms, begin, end), "event"));
+    if (i >= 2) times.push_back(ms);
+  }
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  cudaGraphExecDestroy(graph);
+  RETURN_IF_ERROR(status);
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2] * 1e3;
+}
+
+#undef NOSARA_STAGE
+
+}  // namespace nosara::worker
