@@ -150,8 +150,8 @@ void TransferThread::Loop() {
     active |= RunTimers();
     active |= PostQueued();
     active |= ProgressTransports();
+    active |= CheckStalls();
     active |= FinishJobs();
-    CheckStalls();
     if (active) {
       idle_turns_ = 0;
       continue;
@@ -234,7 +234,8 @@ bool TransferThread::FinishJobs() {
   return true;
 }
 
-void TransferThread::CheckStalls() {
+bool TransferThread::CheckStalls() {
+  bool dropped = false;
   for (size_t i = 0; i < stores_.size(); ++i) {
     Store& store = stores_[i];
     if (store.in_flight == 0 || Now() - store.last_completion < options_.stall_timeout) continue;
@@ -243,7 +244,9 @@ void TransferThread::CheckStalls() {
                                             absl::FormatDuration(options_.stall_timeout)));
     DropEndpoint(store, status);
     if (options_.on_broken) options_.on_broken(i, status);
+    dropped = true;
   }
+  return dropped;
 }
 
 void TransferThread::Sleep() {

@@ -127,7 +127,8 @@ class TransferThread final {
   bool PostQueued();
   bool ProgressTransports();
   bool FinishJobs();
-  void CheckStalls();
+  /// True when it dropped an endpoint: the jobs that this ends wait for FinishJobs().
+  bool CheckStalls();
   void Sleep();
   absl::StatusOr<Path> ConnectNow(size_t store, const ArenaAddress& arena);
   absl::StatusOr<Transport*> TransportFor(Path path);
