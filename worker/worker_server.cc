@@ -72,7 +72,7 @@ absl::Status WorkerServer::Start(WorkerServerOptions options) {
   identity.model = options_.model_name;
   std::random_device random;
   identity.epoch = (uint64_t{random()} << 32 | random()) | 1;
-  service_ = MakeWorkerService(engine_.get(), std::move(identity));
+  service_ = MakeWorkerService(engine_.get(), store_.get(), std::move(identity));
   grpc::ServerBuilder builder;
   int port = 0;
   if (!options_.listen.empty()) {

@@ -263,8 +263,8 @@ class ExecuteStream final : public grpc::ServerWriteReactor<v1::ExecuteResponse>
 
 class WorkerServiceImpl final : public v1::WorkerService::CallbackService {
  public:
-  WorkerServiceImpl(Engine* engine, WorkerIdentity identity)
-      : engine_(engine), identity_(std::move(identity)) {}
+  WorkerServiceImpl(Engine* engine, const kvstore::StoreClient* store, WorkerIdentity identity)
+      : engine_(engine), store_(store), identity_(std::move(identity)) {}
 
   grpc::ServerWriteReactor<v1::ExecuteResponse>* Execute(
       grpc::CallbackServerContext* context, const v1::ExecuteRequest* request) override {
@@ -298,6 +298,9 @@ class WorkerServiceImpl final : public v1::WorkerService::CallbackService {
     response->set_running_tokens(load.running_tokens);
     response->set_draining(load.draining);
     CacheToProto(load.cache, load.pages_written, response->mutable_cache());
+    for (std::string& address : store_->UnreachableStores()) {
+      response->add_unreachable_stores(std::move(address));
+    }
     return FinishNow(context);
   }
 
@@ -309,13 +312,15 @@ class WorkerServiceImpl final : public v1::WorkerService::CallbackService {
   }
 
   Engine* const engine_;
+  const kvstore::StoreClient* const store_;
   const WorkerIdentity identity_;
 };
 
 }  // namespace
 
-std::unique_ptr<grpc::Service> MakeWorkerService(Engine* engine, WorkerIdentity identity) {
-  return std::make_unique<WorkerServiceImpl>(engine, std::move(identity));
+std::unique_ptr<grpc::Service> MakeWorkerService(Engine* engine, const kvstore::StoreClient* store,
+                                                 WorkerIdentity identity) {
+  return std::make_unique<WorkerServiceImpl>(engine, store, std::move(identity));
 }
 
 }  // namespace nosara::worker

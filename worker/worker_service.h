@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "kvstore/api/store_client.h"
 #include "worker/engine/engine.h"
 
 namespace grpc {
@@ -20,8 +21,10 @@ struct WorkerIdentity {
   uint64_t epoch = 0;
 };
 
-/// The service on `engine`, which must outlive it. Its streams never block the engine thread: what
-/// a slow reader has not taken waits in the stream, at most max_tokens messages.
-std::unique_ptr<grpc::Service> MakeWorkerService(Engine* engine, WorkerIdentity identity);
+/// The service on `engine`, whose store client is `store`; both must outlive it. Its streams never
+/// block the engine thread: what a slow reader has not taken waits in the stream, at most
+/// max_tokens messages.
+std::unique_ptr<grpc::Service> MakeWorkerService(Engine* engine, const kvstore::StoreClient* store,
+                                                 WorkerIdentity identity);
 
 }  // namespace nosara::worker

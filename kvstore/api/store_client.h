@@ -153,6 +153,10 @@ class StoreClient {
   /// How records of `store` are read at present.
   virtual Path PathTo(StoreId store) const = 0;
 
+  /// Addresses of the stores that did not answer at the last try to connect. A store whose end was
+  /// not noticed yet, or that was not tried yet, is not among them.
+  virtual std::vector<std::string> UnreachableStores() const = 0;
+
   virtual ClientStats stats() const = 0;
 
   /// Idempotent.

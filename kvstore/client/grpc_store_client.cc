@@ -113,6 +113,13 @@ class GrpcStoreClient::Impl final {
     CHECK(store.value < stores_.size());
     return stores_[store.value]->path();
   }
+  std::vector<std::string> UnreachableStores() const {
+    std::vector<std::string> addresses;
+    for (const auto& store : stores_) {
+      if (store->unreachable()) addresses.push_back(store->address());
+    }
+    return addresses;
+  }
 
  private:
   TransferThread::Options TransferOptions() {
@@ -421,6 +428,9 @@ void GrpcStoreClient::ReadRecords(std::vector<RecordRead> reads, DoneStatus done
 void GrpcStoreClient::Release(std::vector<LeaseId> leases) { impl_->Release(std::move(leases)); }
 absl::Status GrpcStoreClient::CheckLease(LeaseId lease) const { return impl_->CheckLease(lease); }
 Path GrpcStoreClient::PathTo(StoreId store) const { return impl_->PathTo(store); }
+std::vector<std::string> GrpcStoreClient::UnreachableStores() const {
+  return impl_->UnreachableStores();
+}
 ClientStats GrpcStoreClient::stats() const { return impl_->stats(); }
 void GrpcStoreClient::Connect(DoneStatus done) { impl_->Connect(std::move(done)); }
 void GrpcStoreClient::Close() { impl_->Close(); }

@@ -78,6 +78,8 @@ class GrpcStoreClient final : public StoreClient {
   absl::Status CheckLease(LeaseId lease) const override;
   /// Before the first connection to the store: kMapped.
   Path PathTo(StoreId store) const override;
+  /// Stores that are not connected are tried every second.
+  std::vector<std::string> UnreachableStores() const override;
   ClientStats stats() const override;
   void Close() override;
 

@@ -74,6 +74,7 @@ void StoreConnection::Finish(absl::StatusOr<Session> session) {
   {
     absl::MutexLock lock(&mu_);
     state_ = session.ok() ? State::kReady : State::kDisconnected;
+    unreachable_ = !session.ok();
     if (session.ok()) session_ = *session;
     waiting.swap(waiting_);
   }
@@ -93,9 +94,9 @@ void StoreConnection::DataPathBroken() {
 
 Path StoreConnection::path() const { return session().path; }
 
-bool StoreConnection::connected() const {
+bool StoreConnection::unreachable() const {
   absl::MutexLock lock(&mu_);
-  return state_ == State::kReady;
+  return unreachable_;
 }
 
 }  // namespace nosara::kvstore

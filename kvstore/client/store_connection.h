@@ -56,7 +56,8 @@ class StoreConnection final {
   /// The data path failed.
   void DataPathBroken();
 
-  bool connected() const;
+  /// The last try to connect that has ended failed.
+  bool unreachable() const;
   /// Of the last session; kMapped before the first.
   Path path() const;
   ControlClient& control() { return control_; }
@@ -76,6 +77,7 @@ class StoreConnection final {
 
   mutable absl::Mutex mu_;
   State state_ ABSL_GUARDED_BY(mu_) = State::kDisconnected;
+  bool unreachable_ ABSL_GUARDED_BY(mu_) = false;
   Session session_ ABSL_GUARDED_BY(mu_);
   std::vector<Ready> waiting_ ABSL_GUARDED_BY(mu_);
 };

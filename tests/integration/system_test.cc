@@ -1,4 +1,5 @@
 // The three programs as three processes: what a user of the system sees, also when one dies.
+#include <gmock/gmock.h>
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
@@ -71,6 +72,15 @@ class SystemTest : public ::testing::Test {
       std::this_thread::yield();
     }
     FAIL() << "the router does not see " << workers << " workers";
+  }
+
+  static worker::v1::GetLoadResponse GetLoad(const Program& worker) {
+    const auto stub = worker::v1::WorkerService::NewStub(
+        grpc::CreateChannel(worker.address(), grpc::InsecureChannelCredentials()));
+    grpc::ClientContext context;
+    worker::v1::GetLoadResponse load;
+    EXPECT_TRUE(stub->GetLoad(&context, {}, &load).ok());
+    return load;
   }
 
   static GenerateRequest MakeRequest(int prompt_tokens, uint32_t seed, uint32_t max_tokens) {
@@ -198,6 +208,7 @@ TEST_F(SystemTest, KilledStoreFailsWhoNeedsItAndComesBack) {
   EXPECT_OK(Generate(*client, MakeRequest(100, 5, 20)).status);
   EXPECT_THAT(Generate(*client, MakeRequest(3000, 6, 20)).status,
               StatusIs(absl::StatusCode::kUnavailable, "store"));
+  EXPECT_THAT(GetLoad(*worker).unreachable_stores(), ::testing::ElementsAre(address));
   // A new store at the same address is found without a restart of anybody.
   store = std::make_unique<Program>(
       NOSARA_BIN "/nosara-kvstore",
@@ -209,6 +220,7 @@ TEST_F(SystemTest, KilledStoreFailsWhoNeedsItAndComesBack) {
     again = Generate(*client, MakeRequest(3000, 6, 20));
   } while (!again.status.ok() && absl::Now() < end);
   EXPECT_OK(again.status);
+  EXPECT_THAT(GetLoad(*worker).unreachable_stores(), ::testing::IsEmpty());
 }
 
 TEST_F(SystemTest, ArenaTooSmallForOneSequenceIsSaid) {
@@ -232,13 +244,10 @@ TEST_F(SystemTest, CancelledRequestFreesTheWorkerAtOnce) {
   const Output output =
       Generate(*client, MakeRequest(300, 9, 7000), [](size_t tokens) { return tokens < 10; });
   EXPECT_THAT(output.status, StatusIs(absl::StatusCode::kCancelled, ""));
-  const auto stub = worker::v1::WorkerService::NewStub(
-      grpc::CreateChannel(worker->address(), grpc::InsecureChannelCredentials()));
   const absl::Time end = absl::Now() + kTimeout;
   worker::v1::GetLoadResponse load;
   do {
-    grpc::ClientContext context;
-    ASSERT_TRUE(stub->GetLoad(&context, {}, &load).ok());
+    load = GetLoad(*worker);
     std::this_thread::yield();
   } while (load.running_requests() > 0 && absl::Now() < end);
   EXPECT_EQ(load.running_requests(), 0u);

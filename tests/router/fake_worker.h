@@ -74,6 +74,11 @@ class FakeWorker final : private worker::v1::WorkerService::Service {
     load_.set_draining(true);
   }
 
+  void SetUnreachableStore(const std::string& address) {
+    absl::MutexLock lock(&mu_);
+    load_.add_unreachable_stores(address);
+  }
+
   /// The requests so far.
   std::vector<worker::v1::ExecuteRequest> requests() const {
     absl::MutexLock lock(&mu_);

@@ -15,6 +15,7 @@
 #include "absl/synchronization/notification.h"
 #include "client/client.h"
 #include "nosara/inference/v1/inference.grpc.pb.h"
+#include "router/grpc_worker_client.h"
 #include "tests/router/fake_worker.h"
 #include "tests/router/tcp_relay.h"
 #include "tests/status_matchers.h"
@@ -357,6 +358,21 @@ TEST(RouterServerTest, AWorkersServerThatEndsIsUnavailableToo) {
       });
   EXPECT_THAT(status, StatusIs(absl::StatusCode::kUnavailable, "worker w1"));
   EXPECT_THAT(status, StatusIs(absl::StatusCode::kUnavailable, "safe to retry"));
+}
+
+TEST(RouterServerTest, AWorkersReportNamesTheStoresThatItCannotReach) {
+  FakeWorker worker("w1");
+  worker.SetUnreachableStore("10.0.0.7:50061");
+  const auto client = MakeGrpcWorkerClient(MakeWorkerChannel(worker.address()));
+  absl::Notification done;
+  absl::StatusOr<WorkerLoad> load;
+  client->GetLoad(kPatience, [&](absl::StatusOr<WorkerLoad> result) {
+    load = std::move(result);
+    done.Notify();
+  });
+  done.WaitForNotification();
+  ASSERT_OK(load);
+  EXPECT_THAT(load->unreachable_stores, ElementsAre("10.0.0.7:50061"));
 }
 
 TEST(RouterServerTest, WorkersOwnErrorsKeepTheirCodeAndRetryDelay) {

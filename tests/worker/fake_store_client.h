@@ -113,6 +113,7 @@ class FakeStoreClient final : public kvstore::StoreClient {
   }
   absl::Status CheckLease(kvstore::LeaseId lease) const override { return absl::OkStatus(); }
   kvstore::Path PathTo(kvstore::StoreId store) const override { return kvstore::Path::kInProcess; }
+  std::vector<std::string> UnreachableStores() const override { return {}; }
   kvstore::ClientStats stats() const override { return {}; }
   void Close() override {
     queue_.Close();

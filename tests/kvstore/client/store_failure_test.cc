@@ -269,6 +269,7 @@ TEST(StoreDeathTest, AStoreThatIsNotThereIsUnavailable) {
               StatusIs(absl::StatusCode::kUnavailable, "store 127.0.0.1:1"));
   EXPECT_THAT(Write(*client, chain.At(0), chain.Writes()),
               StatusIs(absl::StatusCode::kUnavailable, "store 127.0.0.1:1"));
+  EXPECT_THAT(client->UnreachableStores(), ::testing::ElementsAre("127.0.0.1:1"));
 }
 
 std::vector<std::string> Flags(const std::string& listen) {
@@ -288,6 +289,8 @@ TEST_P(StoreDeathPathTest, KilledInTheMiddleOfReadsThenRestarted) {
   TestChain chain(TestLayout(), 16, 1);
   ASSERT_OK_AND_ASSIGN(const WriteResult written, Write(*client, chain.At(0), chain.Writes()));
 
+  EXPECT_THAT(client->UnreachableStores(), ::testing::IsEmpty());
+
   // Many reads in flight, killed among them; each ends, with the right bytes or UNAVAILABLE.
   constexpr int kBatches = 200;
   std::vector<std::vector<std::byte>> landings(kBatches);
@@ -306,6 +309,7 @@ TEST_P(StoreDeathPathTest, KilledInTheMiddleOfReadsThenRestarted) {
                 StatusIs(absl::StatusCode::kUnavailable, ""));
   }
   EXPECT_THAT(Lookup(*client, chain.keys), StatusIs(absl::StatusCode::kUnavailable, address));
+  EXPECT_THAT(client->UnreachableStores(), ::testing::ElementsAre(address));
 
   store = std::make_unique<StoreProcess>(Flags(address));
   ASSERT_EQ(store->address(), address) << store->said();
@@ -315,6 +319,7 @@ TEST_P(StoreDeathPathTest, KilledInTheMiddleOfReadsThenRestarted) {
     return found.ok();
   })) << found.status();
   EXPECT_TRUE(found->pages.empty());
+  EXPECT_THAT(client->UnreachableStores(), ::testing::IsEmpty());
   EXPECT_THAT(client->CheckLease(written.leases[0]), StatusIs(absl::StatusCode::kAborted, "lost"));
   EXPECT_THAT(ReadRecords(*client, RecordReads(TestLayout(), chain, written.pages, landings[0])),
               StatusIs(absl::StatusCode::kAborted, "restarted"));
