@@ -7,15 +7,13 @@
 #include <utility>
 
 #include "absl/strings/cord.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "base/retry_delay.h"
 #include "nosara/inference/v1/inference.grpc.pb.h"
 
 namespace nosara::client {
 namespace {
 
-constexpr char kRetryDelayMetadata[] = "retry-delay-ms";
-constexpr char kRetryDelayPayload[] = "nosara/retry-delay-ms";
 constexpr char kNoServerPayload[] = "nosara/no-server";
 
 // Never undone: when its last object dies, gRPC waits up to 10 s for a poller of its own, and a
@@ -54,8 +52,8 @@ class Client::Impl final {
     absl::Status result(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
     const auto& trailer = context.GetServerTrailingMetadata();
     if (const auto delay = trailer.find(kRetryDelayMetadata); delay != trailer.end()) {
-      result.SetPayload(kRetryDelayPayload,
-                        absl::Cord(absl::string_view(delay->second.data(), delay->second.size())));
+      result = WithRetryDelay(std::move(result),
+                              absl::string_view(delay->second.data(), delay->second.size()));
     }
     return result;
   }
@@ -120,13 +118,6 @@ absl::StatusOr<std::vector<inference::v1::Model>> Client::ListModels(absl::Durat
   const grpc::Status status = impl_->stub->ListModels(&context, {}, &response);
   if (!status.ok()) return impl_->ToStatus(status, context);
   return std::vector<inference::v1::Model>(response.models().begin(), response.models().end());
-}
-
-std::optional<absl::Duration> RetryDelay(const absl::Status& status) {
-  const auto payload = status.GetPayload(kRetryDelayPayload);
-  int64_t milliseconds = 0;
-  if (!payload || !absl::SimpleAtoi(std::string(*payload), &milliseconds)) return std::nullopt;
-  return absl::Milliseconds(milliseconds);
 }
 
 bool IsNoServer(const absl::Status& status) {

@@ -11,7 +11,6 @@
 
 #include <functional>
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -32,7 +31,8 @@ enum class Continue { kYes, kNo };
 /// A connection to a router. Thread-safe: any number of calls at a time. Calls block.
 ///
 /// Errors: those of inference.proto, with the router's message. An UNAVAILABLE error of a router
-/// that does not answer names its address. RetryDelay() tells when to try again.
+/// that does not answer names its address. RetryDelay() of base/retry_delay.h tells when to try
+/// again.
 class Client final {
  public:
   /// "host:port" of a router. Connects lazily: a router that is not there shows at the first call.
@@ -64,9 +64,6 @@ class Client final {
 
   const std::unique_ptr<Impl> impl_;
 };
-
-/// How long the server asks to wait before another try, where it says so.
-std::optional<absl::Duration> RetryDelay(const absl::Status& status);
 
 /// Whether `status` means that no server answered, as against an error that a server sent.
 bool IsNoServer(const absl::Status& status);

@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
+#include "base/retry_delay.h"
 #include "client/client.h"
 
 namespace nosara::client {

@@ -7,8 +7,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/log.h"
+#include "base/retry_delay.h"
 #include "base/status_macros.h"
-#include "router/retry_delay.h"
 
 namespace nosara::router {
 namespace {

@@ -6,10 +6,9 @@
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/strings/numbers.h"
 #include "absl/synchronization/mutex.h"
+#include "base/retry_delay.h"
 #include "nosara/worker/v1/worker.grpc.pb.h"
-#include "router/retry_delay.h"
 
 namespace nosara::router {
 namespace {
@@ -22,12 +21,9 @@ absl::Status ToStatus(const grpc::Status& status, const grpc::ClientContext& con
   absl::Status result(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
   const auto& trailer = context.GetServerTrailingMetadata();
   const auto delay = trailer.find(kRetryDelayMetadata);
-  int64_t milliseconds = 0;
-  if (delay != trailer.end() &&
-      absl::SimpleAtoi(absl::string_view(delay->second.data(), delay->second.size()),
-                       &milliseconds) &&
-      milliseconds >= 0) {
-    result = WithRetryDelay(std::move(result), absl::Milliseconds(milliseconds));
+  if (delay != trailer.end()) {
+    result = WithRetryDelay(std::move(result),
+                            absl::string_view(delay->second.data(), delay->second.size()));
   }
   return result;
 }

@@ -1,19 +1,14 @@
 // nosara-router: the front door of a cluster.
 #include <cstdint>
-#include <iostream>
 #include <string>
 #include <vector>
 
 #include "absl/flags/flag.h"
-#include "absl/flags/parse.h"
-#include "absl/flags/usage.h"
-#include "absl/flags/usage_config.h"
-#include "absl/strings/match.h"
-#include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
 #include "base/log.h"
 #include "base/process.h"
+#include "base/program.h"
 #include "base/status_macros.h"
 #include "router/router_server.h"
 
@@ -73,22 +68,12 @@ absl::Status Run() {
 }  // namespace nosara::router
 
 int main(int argc, char** argv) {
-  absl::SetProgramUsageMessage(
-      "The router: takes requests by gRPC, tokenizes, picks a worker, streams text.\n"
-      "  nosara-router --workers=127.0.0.1:50060 --model=nosa-tiny=models/nosa-tiny\n"
-      "Exit codes: 0 stopped by a signal, 1 could not start.");
-  absl::FlagsUsageConfig usage;
-  usage.version_string = [] { return "nosara-router " NOSARA_VERSION "\n"; };
-  usage.contains_help_flags = [](absl::string_view file) {
-    return absl::StrContains(file, "router/main.cc");
-  };
-  absl::SetFlagsUsageConfig(usage);
-  const std::vector<char*> rest = absl::ParseCommandLine(argc, argv);
-  absl::Status status = rest.size() > 1
-                            ? absl::InvalidArgumentError(absl::StrCat("unknown argument '", rest[1],
-                                                                      "'; flags begin with --"))
-                            : nosara::router::Run();
-  if (status.ok()) return 0;
-  std::cerr << "nosara-router: " << status.message() << "\n";
-  return 1;
+  return nosara::RunProgram(
+      argc, argv,
+      {"nosara-router",
+       "The router: takes requests by gRPC, tokenizes, picks a worker, streams text.\n"
+       "  nosara-router --workers=127.0.0.1:50060 --model=nosa-tiny=models/nosa-tiny\n"
+       "Exit codes: 0 stopped by a signal, 1 could not start.",
+       "router/main.cc"},
+      nosara::router::Run);
 }

@@ -10,10 +10,10 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "base/retry_delay.h"
 #include "base/status_macros.h"
 #include "nosara/inference/v1/inference.grpc.pb.h"
 #include "router/request_parsing.h"
-#include "router/retry_delay.h"
 
 namespace nosara::router {
 namespace {
@@ -25,8 +25,7 @@ using inference::v1::InferenceService;
 grpc::Status ToGrpcStatus(const absl::Status& status, grpc::CallbackServerContext* context) {
   if (status.ok()) return grpc::Status::OK;
   if (const std::optional<absl::Duration> delay = RetryDelay(status)) {
-    context->AddTrailingMetadata(kRetryDelayMetadata,
-                                 absl::StrCat(absl::ToInt64Milliseconds(*delay)));
+    context->AddTrailingMetadata(kRetryDelayMetadata, RetryDelayValue(*delay));
   }
   return {static_cast<grpc::StatusCode>(status.code()), std::string(status.message())};
 }

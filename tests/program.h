@@ -46,6 +46,7 @@ class Program final {
       address_ = said_.substr(begin, said_.find_first_of(",\n", begin) - begin);
       break;
     }
+    announcement_ = said_;
     // Goes on reading, or the program would stand still once the pipe is full.
     reader_ = std::thread([this] {
       char bytes[4096];
@@ -69,7 +70,15 @@ class Program final {
 
   /// "host:port"; empty when it ended instead.
   const std::string& address() const { return address_; }
+  /// What it wrote to stderr until it listened or ended.
+  const std::string& announcement() const { return announcement_; }
   void Signal(int signal) { CHECK(kill(pid_, signal) == 0); }
+  /// Stops all its threads; returns when they stand still.
+  void Stop() {
+    Signal(SIGSTOP);
+    int status = 0;
+    CHECK(waitpid(pid_, &status, WUNTRACED) == pid_ && WIFSTOPPED(status));
+  }
   void Kill() {
     Signal(SIGKILL);
     Wait();
@@ -92,6 +101,7 @@ class Program final {
   pid_t pid_ = 0;
   int stderr_ = -1;
   std::string said_;  // the reader's until it is joined
+  std::string announcement_;
   std::string address_;
   std::thread reader_;
 };

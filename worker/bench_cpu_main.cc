@@ -6,17 +6,15 @@
 #include <cmath>
 #include <cstdio>
 #include <fstream>
-#include <iostream>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "absl/flags/flag.h"
-#include "absl/flags/parse.h"
-#include "absl/flags/usage.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "base/program.h"
 #include "base/status_macros.h"
 #include "worker/backend/cpu/cpu_backend.h"
 
@@ -164,14 +162,13 @@ absl::Status Run(const std::string& command) {
 }  // namespace nosara::worker
 
 int main(int argc, char** argv) {
-  absl::SetProgramUsageMessage(
-      "Prefill and decode speed of the CPU backend, one stream, everything resident.\n"
-      "  nosara-bench-cpu --context=8192 --json=docs/benchmarks/cpu.json");
   const std::string command =
       absl::StrCat("nosara-bench-cpu ", absl::StrJoin(argv + 1, argv + argc, " "));
-  absl::ParseCommandLine(argc, argv);
-  const absl::Status status = nosara::worker::Run(command);
-  if (status.ok()) return 0;
-  std::cerr << "nosara-bench-cpu: " << status.message() << "\n";
-  return 1;
+  return nosara::RunProgram(
+      argc, argv,
+      {"nosara-bench-cpu",
+       "Prefill and decode speed of the CPU backend, one stream, everything resident.\n"
+       "  nosara-bench-cpu --context=8192 --json=docs/benchmarks/cpu.json",
+       "worker/bench_cpu_main.cc"},
+      [&command] { return nosara::worker::Run(command); });
 }

@@ -7,18 +7,16 @@
 #include <cmath>
 #include <cstdio>
 #include <fstream>
-#include <iostream>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "absl/flags/flag.h"
-#include "absl/flags/parse.h"
-#include "absl/flags/usage.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "base/program.h"
 #include "base/status_macros.h"
 #include "worker/backend/cuda/cuda_step.h"
 #include "worker/model/bf16.h"
@@ -555,17 +553,16 @@ absl::Status Run(const std::string& command) {
 }  // namespace nosara::worker
 
 int main(int argc, char** argv) {
-  absl::SetProgramUsageMessage(
-      "Decode speed of the 8B shape with random weights on one GPU. Selections follow a synthetic\n"
-      "trace of the given hit rate where records are offloaded; scoring and selection run all the\n"
-      "same.\n"
-      "  nosara-bench-decode --context=16384,65536 --batch=64,128 --slots=129,65 "
-      "--hit_rate=0.989,0.944");
   const std::string command =
       absl::StrCat("nosara-bench-decode ", absl::StrJoin(argv + 1, argv + argc, " "));
-  absl::ParseCommandLine(argc, argv);
-  const absl::Status status = nosara::worker::Run(command);
-  if (status.ok()) return 0;
-  std::cerr << "nosara-bench-decode: " << status.message() << "\n";
-  return 1;
+  return nosara::RunProgram(
+      argc, argv,
+      {"nosara-bench-decode",
+       "Decode speed of the 8B shape with random weights on one GPU. Selections follow a synthetic\n"
+       "trace of the given hit rate where records are offloaded; scoring and selection run all the\n"
+       "same.\n"
+       "  nosara-bench-decode --context=16384,65536 --batch=64,128 --slots=129,65 "
+       "--hit_rate=0.989,0.944",
+       "worker/bench_decode_main.cc"},
+      [&command] { return nosara::worker::Run(command); });
 }

@@ -2,20 +2,16 @@
 #include <unistd.h>
 
 #include <cstdint>
-#include <iostream>
 #include <string>
 #include <vector>
 
 #include "absl/flags/flag.h"
-#include "absl/flags/parse.h"
-#include "absl/flags/usage.h"
-#include "absl/flags/usage_config.h"
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
 #include "base/log.h"
 #include "base/process.h"
+#include "base/program.h"
 #include "base/status_macros.h"
 #include "worker/worker_server.h"
 
@@ -116,24 +112,14 @@ absl::Status Run() {
 }  // namespace nosara::worker
 
 int main(int argc, char** argv) {
-  absl::SetProgramUsageMessage(
-      "The worker: loads a model, runs requests that a router sends, keeps their KV cache in the\n"
-      "KV stores.\n"
-      "  nosara-worker --model_dir=models/nosa-tiny --model_name=nosa-tiny "
-      "--stores=127.0.0.1:50061\n"
-      "Exit codes: 0 stopped by a signal, 1 could not start.");
-  absl::FlagsUsageConfig usage;
-  usage.version_string = [] { return "nosara-worker " NOSARA_VERSION "\n"; };
-  usage.contains_help_flags = [](absl::string_view file) {
-    return absl::StrContains(file, "worker/main.cc");
-  };
-  absl::SetFlagsUsageConfig(usage);
-  const std::vector<char*> rest = absl::ParseCommandLine(argc, argv);
-  const absl::Status status = rest.size() > 1
-                                  ? absl::InvalidArgumentError(absl::StrCat(
-                                        "unknown argument '", rest[1], "'; flags begin with --"))
-                                  : nosara::worker::Run();
-  if (status.ok()) return 0;
-  std::cerr << "nosara-worker: " << status.message() << "\n";
-  return 1;
+  return nosara::RunProgram(
+      argc, argv,
+      {"nosara-worker",
+       "The worker: loads a model, runs requests that a router sends, keeps their KV cache in the\n"
+       "KV stores.\n"
+       "  nosara-worker --model_dir=models/nosa-tiny --model_name=nosa-tiny "
+       "--stores=127.0.0.1:50061\n"
+       "Exit codes: 0 stopped by a signal, 1 could not start.",
+       "worker/main.cc"},
+      nosara::worker::Run);
 }

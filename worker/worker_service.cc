@@ -9,13 +9,13 @@
 #include "absl/synchronization/mutex.h"
 #include "base/clock.h"
 #include "base/log.h"
+#include "base/retry_delay.h"
 #include "nosara/worker/v1/worker.grpc.pb.h"
 
 namespace nosara::worker {
 namespace {
 
-constexpr char kRetryDelayMetadata[] = "retry-delay-ms";
-constexpr int kRetryDelayMs = 1000;
+constexpr absl::Duration kRetryDelay = absl::Seconds(1);
 
 grpc::Status ToGrpc(const absl::Status& status) {
   return grpc::Status(static_cast<grpc::StatusCode>(status.code()), std::string(status.message()));
@@ -172,7 +172,7 @@ class ExecuteStream final : public grpc::ServerWriteReactor<v1::ExecuteResponse>
     if (absl::IsResourceExhausted(told)) {
       absl::MutexLock lock(&mu_);
       if (context_ != nullptr && !finished_) {
-        context_->AddTrailingMetadata(kRetryDelayMetadata, absl::StrCat(kRetryDelayMs));
+        context_->AddTrailingMetadata(kRetryDelayMetadata, RetryDelayValue(kRetryDelay));
       }
     }
     End(ToGrpc(told));

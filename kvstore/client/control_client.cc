@@ -10,6 +10,7 @@
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
+#include "base/retry_delay.h"
 #include "nosara/kvstore/v1/kvstore.grpc.pb.h"
 
 namespace nosara::kvstore {
@@ -77,10 +78,10 @@ struct ControlClient::Impl {
     }
     absl::Status result(code, absl::StrCat("store ", name, ": ", message));
     const auto& trailers = context.GetServerTrailingMetadata();
-    const auto delay = trailers.find("retry-delay-ms");
+    const auto delay = trailers.find(kRetryDelayMetadata);
     if (delay != trailers.end()) {
-      result.SetPayload(kRetryDelayPayload,
-                        absl::Cord(absl::string_view(delay->second.data(), delay->second.size())));
+      result = WithRetryDelay(std::move(result),
+                              absl::string_view(delay->second.data(), delay->second.size()));
     }
     return result;
   }

@@ -15,12 +15,10 @@ class Channel;
 
 namespace nosara::kvstore {
 
-/// Payload of a RESOURCE_EXHAUSTED status: after how many milliseconds to try again, in decimal.
-inline constexpr char kRetryDelayPayload[] = "nosara.kvstore/retry-delay-ms";
-
 /// Thread-safe. Each `done` runs exactly once, on a thread of gRPC, and must not block; it runs
 /// within the deadline of the proto. Errors: the server's, with "store <name>: " before the
-/// message; UNAVAILABLE also when the store does not answer in time; CANCELLED after Cancel().
+/// message, RESOURCE_EXHAUSTED with its RetryDelay(); UNAVAILABLE also when the store does not
+/// answer in time; CANCELLED after Cancel().
 class ControlClient final {
  public:
   template <typename Response>

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/retry_delay.h"
 #include "base/status_macros.h"
 #include "kvstore/api/layout.h"
 
@@ -204,8 +205,7 @@ grpc::ServerUnaryReactor* KvStoreServiceImpl::Reserve(grpc::CallbackServerContex
     can_ever_fit = index_ != nullptr;
   }
   if (absl::IsResourceExhausted(status) && can_ever_fit) {
-    context->AddTrailingMetadata(kRetryDelayMetadata,
-                                 absl::StrCat(absl::ToInt64Milliseconds(kRetryDelay)));
+    context->AddTrailingMetadata(kRetryDelayMetadata, RetryDelayValue(kRetryDelay));
   }
   return Finish(context, status);
 }

@@ -16,9 +16,6 @@
 
 namespace nosara::kvstore {
 
-/// Name of the trailing metadata of a refused Reserve.
-inline constexpr char kRetryDelayMetadata[] = "retry-delay-ms";
-
 /// Thread-safe. One mutex guards the index; nothing blocks under it, and checksums are computed
 /// outside it. Owns the index; the arena and the clock must outlive it.
 class KvStoreServiceImpl final : public v1::KvStoreService::CallbackService {

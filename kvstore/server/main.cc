@@ -1,14 +1,9 @@
 // nosara-kvstore: one KV store node. Turns flags into options; everything else is KvStoreServer.
 #include <cmath>
-#include <cstdio>
-#include <limits>
 #include <string>
 
 #include "absl/flags/flag.h"
 #include "absl/flags/marshalling.h"
-#include "absl/flags/parse.h"
-#include "absl/flags/usage.h"
-#include "absl/flags/usage_config.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
@@ -16,6 +11,8 @@
 #include "absl/strings/strip.h"
 #include "base/log.h"
 #include "base/process.h"
+#include "base/program.h"
+#include "base/status_macros.h"
 #include "kvstore/server/kvstore_server.h"
 
 namespace {
@@ -101,32 +98,12 @@ ABSL_FLAG(std::string, log_level, "info", "debug, info, warning or error.");
 ABSL_FLAG(std::string, port_file, "",
           "File to write host:port into once the node listens. Empty: none.");
 
-int main(int argc, char** argv) {
-  absl::SetProgramUsageMessage(
-      "Keeps pages of KV cache in shared memory and serves them to nosara workers.\n"
-      "  nosara-kvstore --listen=0.0.0.0:50061 --arena_bytes=16GiB");
-  absl::FlagsUsageConfig usage;
-  usage.version_string = [] { return "nosara-kvstore " NOSARA_VERSION "\n"; };
-  usage.contains_help_flags = [](absl::string_view file) {
-    return absl::StrContains(file, "kvstore/server/main.cc");
-  };
-  absl::SetFlagsUsageConfig(usage);
-  const std::vector<char*> rest = absl::ParseCommandLine(argc, argv);
-  if (rest.size() > 1) {
-    std::fprintf(stderr, "nosara-kvstore: '%s': takes flags only, see --help\n", rest[1]);
-    return 2;
-  }
-  if (const absl::Status status =
-          nosara::InitLogging("nosara-kvstore", absl::GetFlag(FLAGS_log_level));
-      !status.ok()) {
-    std::fprintf(stderr, "nosara-kvstore: %s\n", std::string(status.message()).c_str());
-    return 2;
-  }
+namespace nosara::kvstore {
+namespace {
 
-  nosara::StopSignal stop_signal;
-
-  using nosara::kvstore::KvStoreServer;
-  using nosara::kvstore::KvStoreServerOptions;
+absl::Status Run() {
+  RETURN_IF_ERROR(InitLogging("nosara-kvstore", absl::GetFlag(FLAGS_log_level)));
+  StopSignal stop;
   KvStoreServerOptions options;
   options.listen = absl::GetFlag(FLAGS_listen);
   options.arena_bytes = absl::GetFlag(FLAGS_arena_bytes).bytes;
@@ -137,27 +114,31 @@ int main(int argc, char** argv) {
   options.ucx = absl::GetFlag(FLAGS_ucx).on ? KvStoreServerOptions::Ucx::kOn
                                             : KvStoreServerOptions::Ucx::kOff;
   options.ucx_tls = absl::GetFlag(FLAGS_ucx_tls);
+  // Allowed in the options, where it means: no socket.
   if (options.listen.empty()) {
-    nosara::LogError("--listen is empty: must be host:port");
-    return 2;
+    return absl::InvalidArgumentError("listen is empty: must be host:port");
   }
-  const auto server = KvStoreServer::Create(options);
-  if (!server.ok()) {
-    nosara::LogError("cannot start: {}", std::string(server.status().message()));
-    return absl::IsInvalidArgument(server.status()) ? 2 : 1;
-  }
-  if (const absl::Status written =
-          nosara::WritePortFile(absl::GetFlag(FLAGS_port_file), (*server)->address());
-      !written.ok()) {
-    nosara::LogError("--port_file: {}", std::string(written.message()));
-    return 1;
-  }
-  nosara::LogInfo(
-      "node {} listening on {}, arena of {} at {}, UCX {}", options.node_id, (*server)->address(),
-      AbslUnparseFlag(absl::GetFlag(FLAGS_arena_bytes)), (*server)->arena_path(),
-      absl::GetFlag(FLAGS_ucx).on ? (options.ucx_tls.empty() ? std::string("on") : options.ucx_tls)
-                                  : std::string("off"));
-  nosara::LogInfo("{}: stopping", stop_signal.Wait());
-  (*server)->Stop();
-  return 0;
+  ASSIGN_OR_RETURN(const auto server, KvStoreServer::Create(options));
+  RETURN_IF_ERROR(WritePortFile(absl::GetFlag(FLAGS_port_file), server->address()));
+  const std::string ucx = options.ucx_tls.empty() ? "on" : options.ucx_tls;
+  LogInfo("node {} listening on {}, arena of {} at {}, UCX {}", options.node_id, server->address(),
+          AbslUnparseFlag(absl::GetFlag(FLAGS_arena_bytes)), server->arena_path(),
+          options.ucx == KvStoreServerOptions::Ucx::kOn ? ucx : "off");
+  LogInfo("{}: stopping", stop.Wait());
+  server->Stop();
+  return absl::OkStatus();
+}
+
+}  // namespace
+}  // namespace nosara::kvstore
+
+int main(int argc, char** argv) {
+  return nosara::RunProgram(
+      argc, argv,
+      {"nosara-kvstore",
+       "The KV store: keeps pages of KV cache in shared memory and serves them to workers.\n"
+       "  nosara-kvstore --listen=0.0.0.0:50061 --arena_bytes=16GiB\n"
+       "Exit codes: 0 stopped by a signal, 1 could not start.",
+       "kvstore/server/main.cc"},
+      nosara::kvstore::Run);
 }

@@ -1,7 +1,7 @@
 // What UcxMessageEndpoint and UcxTarget say to each other where there is no hardware for one-sided
-// accesses (TCP). UCX would emulate ucp_get and ucp_put there, but in 1.13 (later ones not checked) its target
-// ends the whole process (ucs_fatal) when it answers a client that has died; active messages report
-// an error instead. See docs of UcxTarget.
+// accesses (TCP). UCX would emulate ucp_get and ucp_put there, but in 1.13 (later ones not checked)
+// its target ends the whole process (ucs_fatal) when it answers a client that has died; active
+// messages report an error instead. See docs of UcxTarget.
 //
 //   client -> target   kHello (payload: the client's worker address), kRead, kWrite (payload:
 //   bytes) target -> client   kReadReply (payload: bytes), kWriteReply

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/retry_delay.h"
 #include "nosara/inference/v1/inference.grpc.pb.h"
 #include "tests/status_matchers.h"
 

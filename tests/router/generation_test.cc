@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "absl/synchronization/notification.h"
-#include "router/retry_delay.h"
+#include "base/retry_delay.h"
 #include "tests/router/fake_worker_client.h"
 #include "tests/status_matchers.h"
 

@@ -13,6 +13,7 @@
 
 #include "absl/synchronization/barrier.h"
 #include "absl/synchronization/notification.h"
+#include "base/retry_delay.h"
 #include "client/client.h"
 #include "nosara/inference/v1/inference.grpc.pb.h"
 #include "router/grpc_worker_client.h"
@@ -386,7 +387,7 @@ TEST(RouterServerTest, WorkersOwnErrorsKeepTheirCodeAndRetryDelay) {
   const Outcome outcome = Ask(*router, TextRequest("x"));
   EXPECT_THAT(outcome.status,
               StatusIs(absl::StatusCode::kResourceExhausted, "worker w1: queue is full"));
-  EXPECT_EQ(client::RetryDelay(outcome.status), absl::Milliseconds(250));
+  EXPECT_EQ(RetryDelay(outcome.status), absl::Milliseconds(250));
   EXPECT_EQ(worker.requests().size(), 1u);
 }
 

@@ -15,13 +15,12 @@
 #include <vector>
 
 #include "absl/flags/flag.h"
-#include "absl/flags/parse.h"
-#include "absl/flags/usage.h"
 #include "absl/strings/str_split.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/synchronization/notification.h"
 #include "base/clock.h"
 #include "base/log.h"
+#include "base/program.h"
 #include "base/status_macros.h"
 #include "kvstore/client/control_client.h"
 #include "kvstore/client/grpc_store_client.h"
@@ -306,6 +305,7 @@ absl::StatusOr<nlohmann::json> MeasureLookups(const std::string& path, const Set
 }
 
 absl::Status Run() {
+  RETURN_IF_ERROR(InitLogging("nosara-bench-kvstore", "warning"));
   Settings settings;
   settings.duration = absl::GetFlag(FLAGS_duration);
   if (absl::GetFlag(FLAGS_depth) < 1 || absl::GetFlag(FLAGS_depth) > 1024) {
@@ -348,13 +348,9 @@ absl::Status Run() {
 }  // namespace nosara::kvstore
 
 int main(int argc, char** argv) {
-  absl::SetProgramUsageMessage("Measures reads and lookups of a KV store in this process.");
-  absl::ParseCommandLine(argc, argv);
-  const absl::Status logging = nosara::InitLogging("nosara-bench-kvstore", "warning");
-  const absl::Status status = logging.ok() ? nosara::kvstore::Run() : logging;
-  if (!status.ok()) {
-    std::fprintf(stderr, "nosara-bench-kvstore: %s\n", std::string(status.message()).c_str());
-    return 1;
-  }
-  return 0;
+  return nosara::RunProgram(
+      argc, argv,
+      {"nosara-bench-kvstore", "Measures reads and lookups of a KV store in this process.",
+       "tests/kvstore/bench/main.cc"},
+      nosara::kvstore::Run);
 }

@@ -6,7 +6,7 @@
 #include <unistd.h>
 
 #include "tests/kvstore/client/store_fixture.h"
-#include "tests/kvstore/client/store_process.h"
+#include "tests/program.h"
 
 namespace nosara::kvstore {
 namespace {
@@ -59,9 +59,10 @@ std::vector<ClientProcess>& Clients() {
 }
 
 TEST(ClientDeathTest, TheStoreOutlivesItsClients) {
-  StoreProcess store({"--listen=127.0.0.1:0", "--arena_bytes=8MiB", "--ucx_tls=tcp",
-                      "--lease_ttl=500ms", "--quarantine=0s"});
-  ASSERT_NE(store.address(), "") << store.said();
+  testing::Program store(NOSARA_KVSTORE_BINARY,
+                         {"--listen=127.0.0.1:0", "--arena_bytes=8MiB", "--ucx_tls=tcp",
+                          "--lease_ttl=500ms", "--quarantine=0s"});
+  ASSERT_NE(store.address(), "") << store.announcement();
   GrpcStoreClientOptions options = ClientOf(store.address());
   options.data_path = DataPath::kUcx;
   options.ucx_tls = "tcp";

@@ -3,16 +3,19 @@
 
 #include <thread>
 
-#include "kvstore/client/control_client.h"
+#include "base/retry_delay.h"
 #include "tests/kvstore/client/store_fixture.h"
-#include "tests/kvstore/client/store_process.h"
 #include "tests/kvstore/transport/fault_transport.h"
+#include "tests/program.h"
 
 namespace nosara::kvstore {
 namespace {
 
+using ::nosara::testing::Program;
 using ::nosara::testing::StatusIs;
 using Fault = FaultPlan::Fault;
+
+constexpr char kBinary[] = NOSARA_KVSTORE_BINARY;
 
 /// Repeats `attempt` until it returns true; false after a minute.
 bool Eventually(const std::function<bool()>& attempt) {
@@ -50,8 +53,7 @@ TEST(StoreSpaceTest, AnArenaSmallerThanOnePageSaysSo) {
   EXPECT_THAT(written, StatusIs(absl::StatusCode::kResourceExhausted,
                                 absl::StrCat("one page needs ", TestLayout().page_bytes(),
                                              " bytes, node kvstore has 5000 bytes")));
-  EXPECT_FALSE(written.status().GetPayload(kRetryDelayPayload).has_value())
-      << "trying again does not help";
+  EXPECT_EQ(RetryDelay(written.status()), std::nullopt) << "trying again does not help";
 }
 
 TEST(StoreSpaceTest, PagesOfAnotherSizeAreRefused) {
@@ -94,7 +96,7 @@ TEST(StoreSpaceTest, PressureNeverTakesLeasedPages) {
   TestChain big(TestLayout(), 13, 99);
   const auto refused = Write(*other, big.At(0), big.Writes());
   EXPECT_THAT(refused, StatusIs(absl::StatusCode::kResourceExhausted, "store full"));
-  EXPECT_EQ(refused.status().GetPayload(kRetryDelayPayload), absl::Cord("200"));
+  EXPECT_EQ(RetryDelay(refused.status()), absl::Milliseconds(200));
   holder->Release(leased.leases);
   EXPECT_TRUE(Eventually([&] { return Write(*other, big.At(0), big.Writes()).ok(); }));
   EXPECT_OK(server->CheckIntegrity());
@@ -279,9 +281,9 @@ std::vector<std::string> Flags(const std::string& listen) {
 class StoreDeathPathTest : public ::testing::TestWithParam<DataPath> {};
 
 TEST_P(StoreDeathPathTest, KilledInTheMiddleOfReadsThenRestarted) {
-  auto store = std::make_unique<StoreProcess>(Flags("127.0.0.1:0"));
+  auto store = std::make_unique<Program>(kBinary, Flags("127.0.0.1:0"));
   const std::string address = store->address();
-  ASSERT_NE(address, "") << store->said();
+  ASSERT_NE(address, "") << store->announcement();
   GrpcStoreClientOptions options = ClientOf(address);
   options.data_path = GetParam();
   options.ucx_tls = "tcp";
@@ -311,8 +313,8 @@ TEST_P(StoreDeathPathTest, KilledInTheMiddleOfReadsThenRestarted) {
   EXPECT_THAT(Lookup(*client, chain.keys), StatusIs(absl::StatusCode::kUnavailable, address));
   EXPECT_THAT(client->UnreachableStores(), ::testing::ElementsAre(address));
 
-  store = std::make_unique<StoreProcess>(Flags(address));
-  ASSERT_EQ(store->address(), address) << store->said();
+  store = std::make_unique<Program>(kBinary, Flags(address));
+  ASSERT_EQ(store->address(), address) << store->announcement();
   absl::StatusOr<LookupResult> found;
   ASSERT_TRUE(Eventually([&] {
     found = Lookup(*client, chain.keys);
@@ -338,8 +340,8 @@ class StoppedStoreTest : public ::testing::TestWithParam<std::string> {};
 TEST_P(StoppedStoreTest, AStoppedStoreIsUnavailableAndComesBack) {
   std::vector<std::string> flags = Flags("127.0.0.1:0");
   flags.back() = "--ucx_tls=" + GetParam();
-  StoreProcess store(flags);
-  ASSERT_NE(store.address(), "") << store.said();
+  Program store(kBinary, flags);
+  ASSERT_NE(store.address(), "") << store.announcement();
   GrpcStoreClientOptions options = ClientOf(store.address());
   options.data_path = DataPath::kUcx;
   options.ucx_tls = GetParam();
@@ -370,11 +372,12 @@ INSTANTIATE_TEST_SUITE_P(Transports, StoppedStoreTest, ::testing::Values("tcp", 
                          });
 
 TEST(ProgramTest, StopsGracefullyAndRemovesItsArena) {
-  StoreProcess store(Flags("127.0.0.1:0"));
+  Program store(kBinary, Flags("127.0.0.1:0"));
   ASSERT_NE(store.address(), "");
-  const size_t begin = store.said().find("/dev/shm/");
+  const size_t begin = store.announcement().find("/dev/shm/");
   ASSERT_NE(begin, std::string::npos);
-  const std::string arena = store.said().substr(begin, store.said().find(',', begin) - begin);
+  const std::string arena =
+      store.announcement().substr(begin, store.announcement().find(',', begin) - begin);
   EXPECT_EQ(access(arena.c_str(), F_OK), 0) << arena;
   store.Signal(SIGTERM);
   EXPECT_EQ(store.Wait(), 0);
@@ -382,23 +385,24 @@ TEST(ProgramTest, StopsGracefullyAndRemovesItsArena) {
 }
 
 TEST(ProgramTest, ACrashedStoresArenaIsRemovedByTheNext) {
-  StoreProcess crashed(Flags("127.0.0.1:0"));
-  const size_t begin = crashed.said().find("/dev/shm/");
+  Program crashed(kBinary, Flags("127.0.0.1:0"));
+  const size_t begin = crashed.announcement().find("/dev/shm/");
   ASSERT_NE(begin, std::string::npos);
-  const std::string arena = crashed.said().substr(begin, crashed.said().find(',', begin) - begin);
+  const std::string arena =
+      crashed.announcement().substr(begin, crashed.announcement().find(',', begin) - begin);
   crashed.Kill();
   EXPECT_EQ(access(arena.c_str(), F_OK), 0);
-  StoreProcess next(Flags("127.0.0.1:0"));
+  Program next(kBinary, Flags("127.0.0.1:0"));
   ASSERT_NE(next.address(), "");
   EXPECT_NE(access(arena.c_str(), F_OK), 0);
 }
 
 TEST(ProgramTest, BadFlagsAreRefusedWithAMessage) {
   const auto refused = [](const std::string& flag, const std::string& message) {
-    StoreProcess store({flag});
+    Program store(kBinary, {flag});
     EXPECT_EQ(store.address(), "") << flag;
-    EXPECT_NE(store.said().find(message), std::string::npos) << store.said();
-    EXPECT_NE(store.Wait(), 0) << flag;
+    EXPECT_NE(store.announcement().find(message), std::string::npos) << store.announcement();
+    EXPECT_EQ(store.Wait(), 1) << flag;
   };
   refused("--arena_bytes=lots", "must be a size such as 2GiB");
   refused("--arena_bytes=0", "must be a size such as 2GiB");
@@ -407,6 +411,7 @@ TEST(ProgramTest, BadFlagsAreRefusedWithAMessage) {
   refused("--ucx=maybe", "must be on or off");
   refused("--log_level=loud", "must be debug, info, warning or error");
   refused("--arena_dir=/nonexistent", "/nonexistent");
+  refused("extra", "unknown argument 'extra'");
 }
 
 TEST(OptionsTest, NonsenseIsRefusedByName) {

@@ -1,23 +1,31 @@
-#include "router/retry_delay.h"
+#include "base/retry_delay.h"
 
 #include <cstdint>
-#include <string>
 
 #include "absl/strings/cord.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 
-namespace nosara::router {
+namespace nosara {
 namespace {
 
 constexpr char kPayload[] = "nosara/retry-delay-ms";
 
 }  // namespace
 
+std::string RetryDelayValue(absl::Duration delay) {
+  return absl::StrCat(absl::ToInt64Milliseconds(absl::Ceil(delay, absl::Milliseconds(1))));
+}
+
 absl::Status WithRetryDelay(absl::Status status, absl::Duration delay) {
-  const int64_t milliseconds = absl::ToInt64Milliseconds(absl::Ceil(delay, absl::Milliseconds(1)));
-  status.SetPayload(kPayload, absl::Cord(absl::StrCat(milliseconds)));
+  status.SetPayload(kPayload, absl::Cord(RetryDelayValue(delay)));
   return status;
+}
+
+absl::Status WithRetryDelay(absl::Status status, absl::string_view value) {
+  int64_t milliseconds = 0;
+  if (!absl::SimpleAtoi(value, &milliseconds) || milliseconds < 0) return status;
+  return WithRetryDelay(std::move(status), absl::Milliseconds(milliseconds));
 }
 
 std::optional<absl::Duration> RetryDelay(const absl::Status& status) {
@@ -27,4 +35,4 @@ std::optional<absl::Duration> RetryDelay(const absl::Status& status) {
   return absl::Milliseconds(milliseconds);
 }
 
-}  // namespace nosara::router
+}  // namespace nosara
