@@ -80,7 +80,16 @@ absl::StatusOr<std::unique_ptr<KvStoreServer>> KvStoreServer::Create(
   service.host_id = server->arena_->host_id();
   service.clock = options.clock;
   if (options.ucx == KvStoreServerOptions::Ucx::kOn) {
-    ASSIGN_OR_RETURN(server->ucx_, UcxTarget::Create(server->arena(), options.ucx_tls));
+    absl::StatusOr<std::unique_ptr<UcxTarget>> ucx =
+        UcxTarget::Create(server->arena(), options.ucx_tls);
+    if (!ucx.ok()) {
+      return absl::Status(
+          ucx.status().code(),
+          absl::StrCat("ucx_tls = '", options.ucx_tls, "': UCX cannot start (",
+                       ucx.status().message(),
+                       "); name other transports, or serve this host only with ucx = off"));
+    }
+    server->ucx_ = *std::move(ucx);
     service.ucx_address = server->ucx_->address();
     service.ucx_rkey = server->ucx_->rkey();
   }

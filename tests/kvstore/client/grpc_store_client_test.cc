@@ -24,13 +24,15 @@ void PrintTo(const PathCase& path, std::ostream* out) { *out << path.name; }
 
 class StorePathTest : public ::testing::TestWithParam<PathCase> {
  protected:
-  StorePathTest() {
+  // Not in the constructor: without a server (no device for UCX) no test can go on.
+  void SetUp() override {
     KvStoreServerOptions options = SmallServer();
     if (GetParam().path == DataPath::kUcx) {
       options.ucx = KvStoreServerOptions::Ucx::kOn;
       options.ucx_tls = GetParam().server_tls;
     }
     server_ = StartServer(options);
+    ASSERT_NE(server_, nullptr);
   }
 
   GrpcStoreClientOptions Options() {

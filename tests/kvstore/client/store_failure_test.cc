@@ -411,6 +411,7 @@ TEST(ProgramTest, BadFlagsAreRefusedWithAMessage) {
   refused("--ucx=maybe", "must be on or off");
   refused("--log_level=loud", "must be debug, info, warning or error");
   refused("--arena_dir=/nonexistent", "/nonexistent");
+  refused("--ucx_tls=nosuchtransport", "ucx_tls = 'nosuchtransport': UCX cannot start");
   refused("extra", "unknown argument 'extra'");
 }
 
