@@ -3,6 +3,7 @@
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <filesystem>
 #include <fstream>
 #include <memory>
@@ -13,8 +14,10 @@
 
 #include "absl/strings/str_cat.h"
 #include "client/client.h"
+#include "nosara/kvstore/v1/kvstore.grpc.pb.h"
 #include "nosara/worker/v1/worker.grpc.pb.h"
 #include "tests/program.h"
+#include "tests/raw_call.h"
 #include "tests/status_matchers.h"
 
 namespace nosara {
@@ -26,6 +29,7 @@ using inference::v1::Finished;
 using inference::v1::GenerateRequest;
 using inference::v1::GenerateResponse;
 using ::nosara::testing::Program;
+using ::nosara::testing::RawCall;
 using ::nosara::testing::StatusIs;
 
 constexpr char kModel[] = "tests/testdata/tiny-bf16";
@@ -81,6 +85,16 @@ class SystemTest : public ::testing::Test {
     worker::v1::GetLoadResponse load;
     EXPECT_TRUE(stub->GetLoad(&context, {}, &load).ok());
     return load;
+  }
+
+  /// Pages that a store holds.
+  static uint64_t StoredPages(const Program& store) {
+    const auto stub = kvstore::v1::KvStoreService::NewStub(
+        grpc::CreateChannel(store.address(), grpc::InsecureChannelCredentials()));
+    grpc::ClientContext context;
+    kvstore::v1::GetStatsResponse stats;
+    EXPECT_TRUE(stub->GetStats(&context, {}, &stats).ok());
+    return stats.slots_stored();
   }
 
   static GenerateRequest MakeRequest(int prompt_tokens, uint32_t seed, uint32_t max_tokens) {
@@ -221,6 +235,96 @@ TEST_F(SystemTest, KilledStoreFailsWhoNeedsItAndComesBack) {
   } while (!again.status.ok() && absl::Now() < end);
   EXPECT_OK(again.status);
   EXPECT_THAT(GetLoad(*worker).unreachable_stores(), ::testing::IsEmpty());
+}
+
+// A chain lives on one store, which rendezvous hashing picks: the death of the other is none of its
+// business.
+TEST_F(SystemTest, WithTwoStoresOnlySequencesOfAKilledOneSuffer) {
+  const std::unique_ptr<Program> stores[2] = {StartStore(), StartStore()};
+  const auto worker =
+      StartWorker(absl::StrCat(stores[0]->address(), ",", stores[1]->address()),
+                  {"--slots_per_head=-1", "--store_path=ucx", "--store_patience=2s"});
+  const auto router = StartRouter(worker->address());
+  const auto client = Connect(*router);
+  AwaitWorkers(*client, 1);
+
+  // Sequences until each store holds one, and all their pages.
+  constexpr uint32_t kTokens = 600;
+  GenerateRequest requests[2];
+  Output expected[2];
+  for (uint32_t seed = 100; expected[0].tokens.empty() || expected[1].tokens.empty(); ++seed) {
+    ASSERT_LT(seed, 140u) << "40 chains on one of two stores";
+    const uint64_t before[2] = {StoredPages(*stores[0]), StoredPages(*stores[1])};
+    const GenerateRequest request = MakeRequest(1000, seed, kTokens);
+    const Output output = Generate(*client, request);
+    ASSERT_OK(output.status);
+    EXPECT_GT(output.finished.cache().records_fetched(), 0u);
+    const uint64_t added[2] = {StoredPages(*stores[0]) - before[0],
+                               StoredPages(*stores[1]) - before[1]};
+    const int home = added[0] > 0 ? 0 : 1;
+    EXPECT_EQ(added[1 - home], 0u) << "a chain stays together";
+    // 1600 tokens, of which the last is never fed back: 24 full blocks.
+    EXPECT_EQ(added[home], 24u);
+    requests[home] = request;
+    expected[home] = output;
+  }
+
+  // One stream of each, the store of the second killed in the middle of both.
+  std::atomic<bool> started{false};
+  Output survivor, victim;
+  std::thread first([&] {
+    survivor = Generate(*client, requests[0], [&](size_t tokens) {
+      if (tokens >= 10) started = true;
+      return true;
+    });
+    started = true;  // also when it has failed
+  });
+  victim = Generate(*client, requests[1], [&](size_t tokens) {
+    if (tokens == 10) {
+      while (!started) std::this_thread::yield();
+      stores[1]->Kill();
+    }
+    return true;
+  });
+  first.join();
+  EXPECT_OK(survivor.status);
+  EXPECT_EQ(survivor.tokens, expected[0].tokens);
+  EXPECT_THAT(victim.status, StatusIs(absl::StatusCode::kUnavailable, "store"));
+  EXPECT_LT(victim.tokens.size(), kTokens);
+
+  // What the living store kept is reused, and the worker says which one is gone.
+  const Output again = Generate(*client, requests[0]);
+  ASSERT_OK(again.status);
+  EXPECT_EQ(again.tokens, expected[0].tokens);
+  EXPECT_EQ(again.finished.usage().cached_prompt_tokens(), 960u);
+  EXPECT_THAT(Generate(*client, requests[1]).status,
+              StatusIs(absl::StatusCode::kUnavailable, "store"));
+  EXPECT_THAT(GetLoad(*worker).unreachable_stores(), ::testing::ElementsAre(stores[1]->address()));
+}
+
+TEST_F(SystemTest, EachProgramAnswersHealthAndReflection) {
+  const auto store = StartStore();
+  const auto worker = StartWorker(store->address());
+  const auto router = StartRouter(worker->address());
+  AwaitWorkers(*Connect(*router), 1);
+  for (const auto& [program, service] :
+       {std::pair(store.get(), "nosara.kvstore.v1.KvStoreService"),
+        std::pair(worker.get(), "nosara.worker.v1.WorkerService"),
+        std::pair(router.get(), "nosara.inference.v1.InferenceService")}) {
+    SCOPED_TRACE(service);
+    std::string answer;
+    // The router's health is told right after the worker is known.
+    const absl::Time end = absl::Now() + kTimeout;
+    do {
+      const grpc::Status status = RawCall(program->address(), testing::kHealthCheck, "", &answer);
+      ASSERT_TRUE(status.ok()) << status.error_message();
+    } while (answer != testing::kServing && absl::Now() < end);
+    EXPECT_EQ(answer, testing::kServing);
+    const grpc::Status status =
+        RawCall(program->address(), testing::kReflection, testing::kListServices, &answer);
+    ASSERT_TRUE(status.ok()) << status.error_message();
+    EXPECT_THAT(answer, ::testing::HasSubstr(service));
+  }
 }
 
 TEST_F(SystemTest, ArenaTooSmallForOneSequenceIsSaid) {

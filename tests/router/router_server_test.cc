@@ -1,7 +1,6 @@
 // The router over real connections, with scripted workers behind it.
 #include "router/router_server.h"
 
-#include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
 
 #include <atomic>
@@ -17,6 +16,7 @@
 #include "client/client.h"
 #include "nosara/inference/v1/inference.grpc.pb.h"
 #include "router/grpc_worker_client.h"
+#include "tests/raw_call.h"
 #include "tests/router/fake_worker.h"
 #include "tests/router/tcp_relay.h"
 #include "tests/status_matchers.h"
@@ -28,6 +28,12 @@ namespace {
 using client::Continue;
 using inference::v1::GenerateRequest;
 using inference::v1::GenerateResponse;
+using ::nosara::testing::kHealthCheck;
+using ::nosara::testing::kListServices;
+using ::nosara::testing::kNotServing;
+using ::nosara::testing::kReflection;
+using ::nosara::testing::kServing;
+using ::nosara::testing::RawCall;
 using ::nosara::testing::StatusIs;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
@@ -103,31 +109,6 @@ FakeWorker::Handler Says(const std::string& text) {
                   tokens);
     return grpc::Status::OK;
   };
-}
-
-// A unary exchange of raw bytes, for services whose code we do not generate.
-grpc::Status RawCall(const std::string& address, const std::string& method,
-                     const std::string& request, std::string* response) {
-  grpc::GenericStub stub(grpc::CreateChannel(address, grpc::InsecureChannelCredentials()));
-  grpc::ClientContext context;
-  context.set_wait_for_ready(true);
-  context.set_deadline(absl::ToChronoTime(absl::Now() + kPatience));
-  const grpc::Slice slice(request);
-  const grpc::ByteBuffer request_bytes(&slice, 1);
-  grpc::ByteBuffer response_bytes;
-  absl::Notification done;
-  grpc::Status result;
-  stub.UnaryCall(&context, method, grpc::StubOptions(), &request_bytes, &response_bytes,
-                 [&](grpc::Status status) {
-                   result = std::move(status);
-                   done.Notify();
-                 });
-  done.WaitForNotification();
-  grpc::Slice answer;
-  if (result.ok() && response_bytes.DumpToSingleSlice(&answer).ok()) {
-    response->assign(reinterpret_cast<const char*>(answer.begin()), answer.size());
-  }
-  return result;
 }
 
 TEST(RouterServerTest, StreamsInOrderWithDefaultsFilledIn) {
@@ -455,34 +436,30 @@ TEST(RouterServerTest, ListModelsAndTokenize) {
 }
 
 TEST(RouterServerTest, HealthFollowsTheWorkers) {
-  const std::string serving("\x08\x01", 2), not_serving("\x08\x02", 2);
   std::string answer;
   RouterServerOptions alone = OptionsFor({});
   alone.worker_addresses = {"127.0.0.1:1"};
   const auto without = StartRouter(alone, 0);
-  ASSERT_TRUE(RawCall(without->address(), "/grpc.health.v1.Health/Check", "", &answer).ok());
-  EXPECT_EQ(answer, not_serving);
+  ASSERT_TRUE(RawCall(without->address(), kHealthCheck, "", &answer).ok());
+  EXPECT_EQ(answer, kNotServing);
 
   FakeWorker worker("w1", "tiny", Says("x"));
   const auto router = StartRouter(OptionsFor({&worker}), 1);
   // The health service is told right after the worker is known.
-  while (answer != serving) {
-    ASSERT_TRUE(RawCall(router->address(), "/grpc.health.v1.Health/Check", "", &answer).ok());
+  while (answer != kServing) {
+    ASSERT_TRUE(RawCall(router->address(), kHealthCheck, "", &answer).ok());
   }
   worker.SetDraining();
-  while (answer != not_serving) {
-    ASSERT_TRUE(RawCall(router->address(), "/grpc.health.v1.Health/Check", "", &answer).ok());
+  while (answer != kNotServing) {
+    ASSERT_TRUE(RawCall(router->address(), kHealthCheck, "", &answer).ok());
   }
 }
 
 TEST(RouterServerTest, ReflectionListsTheService) {
   FakeWorker worker("w1", "tiny", Says("x"));
   const auto router = StartRouter(OptionsFor({&worker}), 1);
-  const std::string list_services("\x3a\x00", 2);
   std::string answer;
-  const grpc::Status status =
-      RawCall(router->address(), "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
-              list_services, &answer);
+  const grpc::Status status = RawCall(router->address(), kReflection, kListServices, &answer);
   ASSERT_TRUE(status.ok()) << status.error_message();
   EXPECT_THAT(answer, HasSubstr("nosara.inference.v1.InferenceService"));
 }
