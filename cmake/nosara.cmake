@@ -32,6 +32,25 @@ function(nosara_binary name)
   target_link_libraries(${name} PRIVATE nosara_flags ${ARG_DEPS})
 endfunction()
 
+# What the sanitizers must be told of libraries that are not built with them; the programs that tests
+# start inherit it.
+set(NOSARA_TEST_ENVIRONMENT "")
+if(NOSARA_SANITIZE)
+  # UCX's hooks into the memory allocator and those of the sanitizers do not go together.
+  list(APPEND NOSARA_TEST_ENVIRONMENT UCX_MEM_EVENTS=n)
+endif()
+if(NOSARA_SANITIZE MATCHES "address")
+  # The SentencePiece module (docs/adr/0006-sentencepiece-module.md) finds libstdc++'s operator new
+  # before the sanitizer's, and the sanitizer's operator delete.
+  list(APPEND NOSARA_TEST_ENVIRONMENT
+       ASAN_OPTIONS=alloc_dealloc_mismatch=0
+       UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1)
+endif()
+if(NOSARA_SANITIZE MATCHES "thread")
+  list(APPEND NOSARA_TEST_ENVIRONMENT
+       "TSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/tests/tsan_suppressions.txt:ignore_noninstrumented_modules=1")
+endif()
+
 # nosara_test(<name> LABEL unit|integration|gpu|chaos|soak [TIMEOUT s] SRCS ... DEPS ...): a
 # GoogleTest program, run by CTest from the source root, so that tests name files by their path.
 function(nosara_test name)
@@ -47,5 +66,6 @@ function(nosara_test name)
   target_link_libraries(${name} PRIVATE nosara_flags ${ARG_DEPS} GTest::gmock GTest::gtest
                                         GTest::gtest_main)
   add_test(NAME ${name} COMMAND ${name} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
-  set_tests_properties(${name} PROPERTIES LABELS ${ARG_LABEL} TIMEOUT ${ARG_TIMEOUT})
+  set_tests_properties(${name} PROPERTIES LABELS ${ARG_LABEL} TIMEOUT ${ARG_TIMEOUT}
+                                          ENVIRONMENT "${NOSARA_TEST_ENVIRONMENT}")
 endfunction()

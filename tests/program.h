@@ -28,6 +28,8 @@ class Program final {
     CHECK(pipe2(out, O_CLOEXEC) == 0);
     posix_spawn_file_actions_t actions;
     posix_spawn_file_actions_init(&actions);
+    // Both: one that outlives a crashed test must not keep that test's output open.
+    posix_spawn_file_actions_adddup2(&actions, out[1], STDOUT_FILENO);
     posix_spawn_file_actions_adddup2(&actions, out[1], STDERR_FILENO);
     flags.insert(flags.begin(), path);
     std::vector<char*> argv;
@@ -59,6 +61,9 @@ class Program final {
   Program& operator=(const Program&) = delete;
   ~Program() {
     if (pid_ > 0) Kill();
+    if (said().find("Sanitizer") != std::string::npos) {
+      ADD_FAILURE() << "a sanitizer has found something in " << path_;
+    }
     // Its end: 10 kB tell why.
     if (::testing::Test::HasFailure()) {
       ADD_FAILURE() << path_ << " said:\n"
