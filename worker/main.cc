@@ -31,7 +31,12 @@ ABSL_FLAG(std::string, attention, "nosa",
 ABSL_FLAG(int32_t, slots_per_head, 0,
           "blocks of a sequence that stay on the worker, per layer and KV head: 0 all of them, -1 "
           "the fewest that the model allows (topk_blocks), or a number from there up");
-ABSL_FLAG(int64_t, cache_mib, 4096, "memory for all sequences' working caches, MiB, 1 or more");
+ABSL_FLAG(std::string, backend, "auto",
+          "what computes: cuda, cpu, or auto: a GPU where there is one and the model is bf16");
+ABSL_FLAG(int32_t, cuda_device, 0, "which GPU, as the driver numbers them");
+ABSL_FLAG(int64_t, cache_mib, 0,
+          "memory for all sequences' working caches, MiB; 0: 4096 on the CPU, nine tenths of what "
+          "is free on a GPU");
 ABSL_FLAG(int32_t, threads, 2, "compute threads, 1 to 1024");
 ABSL_FLAG(int32_t, prefill_chunk_tokens, 256, "longest prefill chunk of one sequence, tokens");
 ABSL_FLAG(int32_t, step_tokens, 512, "most tokens of one step, all sequences together");
@@ -54,6 +59,14 @@ absl::StatusOr<kvstore::DataPath> ParseDataPath(const std::string& name) {
   if (name == "ucx") return kvstore::DataPath::kUcx;
   return absl::InvalidArgumentError(
       absl::StrCat("store_path = '", name, "': must be auto, mapped or ucx"));
+}
+
+absl::StatusOr<WorkerServerOptions::Device> ParseDevice(const std::string& name) {
+  if (name == "auto") return WorkerServerOptions::Device::kAuto;
+  if (name == "cpu") return WorkerServerOptions::Device::kCpu;
+  if (name == "cuda") return WorkerServerOptions::Device::kCuda;
+  return absl::InvalidArgumentError(
+      absl::StrCat("backend = '", name, "': must be auto, cpu or cuda"));
 }
 
 absl::StatusOr<AttentionPolicy> ParsePolicy(const std::string& name) {
@@ -87,7 +100,19 @@ absl::Status Run() {
   ASSIGN_OR_RETURN(options.backend.policy, ParsePolicy(absl::GetFlag(FLAGS_attention)));
   options.backend.threads = absl::GetFlag(FLAGS_threads);
   options.backend.slots_per_head = absl::GetFlag(FLAGS_slots_per_head);
-  options.backend.cache_bytes = absl::GetFlag(FLAGS_cache_mib) << 20;
+  ASSIGN_OR_RETURN(options.device, ParseDevice(absl::GetFlag(FLAGS_backend)));
+  const int64_t cache_mib = absl::GetFlag(FLAGS_cache_mib);
+  if (cache_mib < 0 || cache_mib > (int64_t{1} << 40)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("cache_mib = ", cache_mib, ": must be 0 or more"));
+  }
+  if (cache_mib > 0) options.backend.cache_bytes = cache_mib << 20;
+  options.cuda_backend.device = absl::GetFlag(FLAGS_cuda_device);
+  options.cuda_backend.policy = options.backend.policy;
+  options.cuda_backend.threads = options.backend.threads;
+  options.cuda_backend.slots_per_head = options.backend.slots_per_head;
+  options.cuda_backend.cache_bytes = cache_mib << 20;
+  options.cuda_backend.max_sequences = absl::GetFlag(FLAGS_max_running);
   options.engine.limits.chunk_tokens = absl::GetFlag(FLAGS_prefill_chunk_tokens);
   options.engine.limits.step_tokens = absl::GetFlag(FLAGS_step_tokens);
   options.engine.max_running = absl::GetFlag(FLAGS_max_running);

@@ -45,8 +45,8 @@ absl::StatusOr<std::unique_ptr<WorkerServer>> WorkerServer::Create(WorkerServerO
 
 absl::Status WorkerServer::Start(WorkerServerOptions options) {
   ASSIGN_OR_RETURN(checkpoint_, Checkpoint::Open(options.model_dir));
-  if (options.backend.slots_per_head == -1) {
-    options.backend.slots_per_head = checkpoint_->config().nosa.topk_blocks;
+  for (int* slots : {&options.backend.slots_per_head, &options.cuda_backend.slots_per_head}) {
+    if (*slots == -1) *slots = checkpoint_->config().nosa.topk_blocks;
   }
   options_ = std::move(options);
   ASSIGN_OR_RETURN(const kvstore::PageLayout layout, CpuBackend::LayoutFor(checkpoint_->config()));
@@ -55,7 +55,7 @@ absl::Status WorkerServer::Start(WorkerServerOptions options) {
   store.data_path = options_.store_path;
   store.ucx_tls = options_.ucx_tls;
   ASSIGN_OR_RETURN(store_, kvstore::GrpcStoreClient::Create(std::move(store)));
-  ASSIGN_OR_RETURN(auto backend, CpuBackend::Create(checkpoint_, store_.get(), options_.backend));
+  ASSIGN_OR_RETURN(auto backend, MakeBackend());
   ASSIGN_OR_RETURN(
       engine_, Engine::Create(std::move(backend), store_.get(), Clock::Real(), options_.engine));
 
@@ -92,6 +92,16 @@ absl::Status WorkerServer::Start(WorkerServerOptions options) {
   return absl::OkStatus();
 }
 
+absl::StatusOr<std::unique_ptr<Backend>> WorkerServer::MakeBackend() {
+  using Device = WorkerServerOptions::Device;
+  const bool cuda = options_.device == Device::kCuda ||
+                    (options_.device == Device::kAuto &&
+                     checkpoint_->config().dtype == DType::kBf16 &&
+                     CudaUsable(options_.cuda_backend.device));
+  if (cuda) return MakeCudaBackend(checkpoint_, store_.get(), options_.cuda_backend);
+  return CpuBackend::Create(checkpoint_, store_.get(), options_.backend);
+}
+
 WorkerServer::~WorkerServer() { Shutdown(absl::ZeroDuration()); }
 
 std::shared_ptr<grpc::Channel> WorkerServer::InProcessChannel() {
@@ -100,13 +110,9 @@ std::shared_ptr<grpc::Channel> WorkerServer::InProcessChannel() {
 
 std::string WorkerServer::Describe() const {
   const ModelConfig& config = checkpoint_->config();
-  const int slots = options_.backend.slots_per_head;
   return absl::StrCat("model ", options_.model_name, " (", checkpoint_->weight_bytes() >> 20,
                       " MiB ", DTypeName(config.dtype), ", context ",
-                      config.max_position_embeddings, "), CPU backend with ",
-                      options_.backend.threads, " threads, ",
-                      slots == 0 ? std::string("all blocks resident")
-                                 : absl::StrCat(slots, " slots per layer and KV head"));
+                      config.max_position_embeddings, "), ", engine_->backend().Describe());
 }
 
 void WorkerServer::Shutdown(absl::Duration drain_timeout) {

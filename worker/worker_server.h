@@ -12,6 +12,7 @@
 #include "absl/time/time.h"
 #include "kvstore/client/grpc_store_client.h"
 #include "worker/backend/cpu/cpu_backend.h"
+#include "worker/backend/cuda/cuda_backend_options.h"
 #include "worker/engine/engine.h"
 
 namespace grpc {
@@ -37,8 +38,17 @@ struct WorkerServerOptions {
   kvstore::DataPath store_path = kvstore::DataPath::kAuto;
   /// UCX transports, in UCX's notation; empty: UCX chooses.
   std::string ucx_tls;
-  /// slots_per_head -1: the fewest that the model allows.
+  /// What computes.
+  enum class Device {
+    kAuto,  // a GPU where there is one and the model is bf16, else the CPU
+    kCpu,
+    kCuda,
+  };
+  Device device = Device::kAuto;
+  /// Of the two, the one that `device` comes to is used. slots_per_head -1: the fewest that the
+  /// model allows.
   CpuBackendOptions backend;
+  CudaBackendOptions cuda_backend;
   EngineOptions engine;
 
   absl::Status Validate() const;
@@ -71,6 +81,7 @@ class WorkerServer final {
  private:
   WorkerServer() = default;
   absl::Status Start(WorkerServerOptions options);
+  absl::StatusOr<std::unique_ptr<Backend>> MakeBackend();
 
   WorkerServerOptions options_;
   std::string address_;

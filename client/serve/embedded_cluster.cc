@@ -39,6 +39,7 @@ absl::StatusOr<std::unique_ptr<EmbeddedCluster>> EmbeddedCluster::Create(
   endpoint.in_process_arena = cluster->store_->arena();
   worker.stores.push_back(std::move(endpoint));
   worker.backend.slots_per_head = options.slots_per_head;
+  worker.device = worker::WorkerServerOptions::Device::kCpu;
   worker.backend.threads = options.threads;
   worker.backend.cache_bytes = options.cache_bytes;
   ASSIGN_OR_RETURN(cluster->worker_, worker::WorkerServer::Create(std::move(worker)));

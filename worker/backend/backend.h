@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -138,6 +139,9 @@ class Backend {
 
   /// Processes one token of each of several sequences. Result i belongs to item i.
   virtual std::vector<StepItemResult> DecodeStep(absl::Span<const StepItem> items) = 0;
+
+  /// What computes, and what it keeps where: for one line of a log.
+  virtual std::string Describe() const = 0;
 
   /// Aborts when an invariant of the cache is broken; for tests and debug runs.
   virtual void CheckIntegrity() const = 0;

@@ -168,6 +168,13 @@ void CpuBackend::CommitBlock(SequenceId id, int block, const kvstore::PageRef& r
 
 int64_t CpuBackend::Headroom(SequenceId id) const { return sequences_.at(id)->Headroom(); }
 
+std::string CpuBackend::Describe() const {
+  return absl::StrCat("CPU backend with ", options_.threads, " threads, ",
+                      options_.slots_per_head == 0
+                          ? std::string("all blocks resident")
+                          : absl::StrCat(options_.slots_per_head, " slots per layer and KV head"));
+}
+
 void CpuBackend::CheckIntegrity() const {
   for (const auto& [id, cache] : sequences_) cache->CheckIntegrity();
 }

@@ -73,6 +73,7 @@ class CpuBackend final : public Backend {
   std::vector<StepItemResult> DecodeStep(absl::Span<const StepItem> items) override {
     return Forward(items, nullptr);
   }
+  std::string Describe() const override;
   void CheckIntegrity() const override;
 
   /// As PrefillChunk; `logits`, unless null, receives the logits [V] after the last token of each

@@ -48,6 +48,21 @@ absl::Status CudaBackendOptions::Validate(const ModelConfig& config) const {
   return absl::OkStatus();
 }
 
+bool CudaUsable(int device) {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || device < 0 || device >= devices) return false;
+  int major = 0;
+  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
+             cudaSuccess &&
+         major >= 8;
+}
+
+absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(
+    std::shared_ptr<const Checkpoint> checkpoint, kvstore::StoreClient* store,
+    const CudaBackendOptions& options) {
+  return CudaBackend::Create(std::move(checkpoint), store, options);
+}
+
 absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
     std::shared_ptr<const Checkpoint> checkpoint, kvstore::StoreClient* store,
     const CudaBackendOptions& options) {
@@ -155,10 +170,14 @@ absl::Status CudaBackend::Start() {
 }
 
 std::string CudaBackend::Describe() const {
+  const int64_t frame_bytes =
+      DeviceCache::FrameBytes(config().num_layers, config().num_kv_heads, config().head_dim);
   return absl::StrCat(
-      device_name_, ", ", cache_->options().frames, " frames of ",
-      DeviceCache::FrameBytes(config().num_layers, config().num_kv_heads, config().head_dim),
-      " bytes");
+      "CUDA backend on ", device_name_, ", KV cache of ",
+      cache_->options().frames * frame_bytes >> 20, " MiB, ",
+      options_.slots_per_head == 0 ? std::string("blocks resident while they fit")
+                                   : absl::StrCat(options_.slots_per_head,
+                                                  " slots per layer and KV head"));
 }
 
 int CudaBackend::FloorFrames(const Sequence& sequence) const {

@@ -11,35 +11,13 @@
 #include "kernels/pages/pages.h"
 #include "kvstore/api/store_client.h"
 #include "worker/backend/backend.h"
+#include "worker/backend/cuda/cuda_backend_options.h"
 #include "worker/backend/cuda/cuda_step.h"
 #include "worker/backend/cuda/device_cache.h"
 #include "worker/backend/selection.h"
 #include "worker/model/checkpoint.h"
 
 namespace nosara::worker {
-
-struct CudaBackendOptions {
-  /// CUDA device, as the driver numbers it.
-  int device = 0;
-  AttentionPolicy policy = AttentionPolicy::kNosa;
-  BiasMode bias = BiasMode::kAuto;
-  /// Slots per (sequence, layer, KV head) once a sequence decodes; at least topk_blocks, or 0: all
-  /// its blocks while they fit, and under pressure as few as the model allows.
-  int slots_per_head = 0;
-  /// Blocks of a sequence that may be open or not yet stored; 2 or more.
-  int max_unstored_blocks = 8;
-  /// Sequences at a time, 1 or more.
-  int max_sequences = 64;
-  /// Tokens of one prefill launch, 1 or more.
-  int max_prefill_rows = 512;
-  /// Device memory for the KV cache, bytes; 0: nine tenths of what is free when the weights are
-  /// there.
-  int64_t cache_bytes = 0;
-  /// Threads that sample where greedy choice on the device is not what was asked for.
-  int threads = 2;
-
-  absl::Status Validate(const ModelConfig& config) const;
-};
 
 /// Computes by nosa.md with the rounding points of docs/adr/0002-numerics.md.
 ///
@@ -69,8 +47,7 @@ class CudaBackend final : public Backend {
   std::vector<StepItemResult> DecodeStep(absl::Span<const StepItem> items) override;
   void CheckIntegrity() const override;
 
-  /// GPU, its memory, frames.
-  std::string Describe() const;
+  std::string Describe() const override;
   int free_frames() const { return cache_->free_frames(); }
 
  private:
