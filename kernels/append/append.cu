@@ -10,7 +10,8 @@ constexpr int kThreads = 256;
 
 __device__ inline float Softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
-/// One thread block a row.
+/// Thread blocks of a row: by blockIdx.y, each takes an equal part of the pairs and of the values;
+/// the last one c.
 __global__ void __launch_bounds__(kThreads) AppendKernel(AppendParams p) {
   const int64_t row = blockIdx.x;
   const StepRow info = p.rows_info[row];
@@ -32,8 +33,10 @@ __global__ void __launch_bounds__(kThreads) AppendKernel(AppendParams p) {
   };
 
   // Pairs (i, i + D/2) of query and key heads rotate together.
+  const int first = blockIdx.y * kThreads + threadIdx.x;
+  const int stride = gridDim.y * kThreads;
   const int pairs = (p.num_heads + p.num_kv_heads) * half;
-  for (int i = threadIdx.x; i < pairs; i += kThreads) {
+  for (int i = first; i < pairs; i += stride) {
     const int head = i / half;
     const int j = i % half;
     const float a = value(head * dim + j);
@@ -52,12 +55,13 @@ __global__ void __launch_bounds__(kThreads) AppendKernel(AppendParams p) {
     to[j + half] = high;
   }
   const int v_begin = q_width + kv_width;
-  for (int i = threadIdx.x; i < kv_width; i += kThreads) {
+  for (int i = first; i < kv_width; i += stride) {
     __nv_bfloat16* v = reinterpret_cast<__nv_bfloat16*>(record(i / dim)) + kBlockTokens * dim;
     v[in_block * dim + i % dim] = __float2bfloat16_rn(value(v_begin + i));
   }
 
   // c: one warp a KV head.
+  if (blockIdx.y + 1 < gridDim.y) return;
   const int lane = threadIdx.x % 32;
   for (int head = threadIdx.x / 32; head < p.num_kv_heads; head += kThreads / 32) {
     float c = 0;
@@ -83,7 +87,10 @@ cudaError_t LaunchAppend(const AppendParams& params, cudaStream_t stream) {
   if (params.rows < 1 || (dim != 64 && dim != 128) || params.num_kv_heads < 1) {
     return cudaErrorInvalidValue;
   }
-  AppendKernel<<<params.rows, kThreads, 0, stream>>>(params);
+  // Decode has few rows: several thread blocks for each. A chunk has rows enough.
+  const int pairs = (params.num_heads + params.num_kv_heads) * dim / 2;
+  const int parts = params.rows >= 256 ? 2 : (pairs + kThreads - 1) / kThreads;
+  AppendKernel<<<dim3(params.rows, parts), kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 namespace nosara::kernels {
 
 /// x = hidden[r] (+ addend[r]);  out[r] = bf16(x * rsqrt(mean(x^2) + eps) * weight).

@@ -8,7 +8,8 @@
 
 namespace nosara::kernels {
 
-/// Head pairs are stored padded: G rounded up to a multiple of 8; padding heads score 0.
+/// Heads are stored padded: G rounded up to a multiple of 8; padding heads score 0, in logits and
+/// in partials.
 constexpr int PaddedGroup(int group) { return (group + 7) / 8 * 8; }
 /// Row length of `partials` for sequences of at most `windows` windows.
 constexpr int ScoreTiles(int windows) { return (windows + kIndexWindows - 1) / kIndexWindows; }

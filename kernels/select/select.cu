@@ -26,39 +26,63 @@ struct Shared {
   float window_scores[kChunkWindows + 1];  // [0]: of the window before the chunk
   float most[kMaxGroup];                   // M_g
   float inverse_sum[kMaxGroup];            // 1 / Z_g; 0 for padding heads
-  int counts[2][kWarps];
+  uint2 counts[2][kWarps];
 };
 
-/// Sum of `count` over the thread block. `round` alternates between two buffers, so that one
-/// barrier a call is enough.
-__device__ inline int CountBlock(Shared& shared, int round, int count) {
-  count = __reduce_add_sync(kAllLanes, count);
-  if (threadIdx.x % 32 == 0) shared.counts[round & 1][threadIdx.x / 32] = count;
+/// Sums of three counts over the thread block, each below 65,536. `round` alternates between two
+/// buffers, so that one barrier a call is enough.
+struct Counts {
+  int low, middle, high;
+};
+__device__ inline Counts CountBlock(Shared& shared, int round, Counts own) {
+  const unsigned pair =
+      __reduce_add_sync(kAllLanes, static_cast<unsigned>(own.low | own.middle << 16));
+  const unsigned single = __reduce_add_sync(kAllLanes, static_cast<unsigned>(own.high));
+  if (threadIdx.x % 32 == 0) shared.counts[round & 1][threadIdx.x / 32] = {pair, single};
   __syncthreads();
-  int total = 0;
+  unsigned pairs = 0;
+  unsigned singles = 0;
 #pragma unroll
-  for (int i = 0; i < kWarps; ++i) total += shared.counts[round & 1][i];
-  return total;
+  for (int i = 0; i < kWarps; ++i) {
+    pairs += shared.counts[round & 1][i].x;
+    singles += shared.counts[round & 1][i].y;
+  }
+  return {static_cast<int>(pairs & 0xffffu), static_cast<int>(pairs >> 16),
+          static_cast<int>(singles)};
 }
 
 /// Adds the `count` blocks of the largest keys to the bit set `taken`, the smaller block first
 /// among equals. Precondition: 1 <= count <= blocks with keys above kExcluded.
 __device__ void TakeBest(Shared& shared, const uint32_t* keys, int blocks, int count,
                          uint32_t* taken) {
-  // The largest threshold that at least `count` keys reach, bit by bit.
+  // The largest threshold that at least `count` keys reach, two bits at a time.
   uint32_t threshold = 0;
-  for (int bit = 31; bit >= 0; --bit) {
-    const uint32_t candidate = threshold | (1u << bit);
-    int reached = 0;
-    for (int n = threadIdx.x; n < blocks; n += kThreads) reached += keys[n] >= candidate ? 1 : 0;
-    reached = CountBlock(shared, bit, reached);
-    if (reached >= count) threshold = candidate;
-    if (reached == count) break;  // the same in all threads
+  for (int bit = 30; bit >= 0; bit -= 2) {
+    Counts reached = {0, 0, 0};
+    for (int n = threadIdx.x; n < blocks; n += kThreads) {
+      const uint32_t key = keys[n];
+      reached.low += key >= (threshold | 1u << bit) ? 1 : 0;
+      reached.middle += key >= (threshold | 2u << bit) ? 1 : 0;
+      reached.high += key >= (threshold | 3u << bit) ? 1 : 0;
+    }
+    reached = CountBlock(shared, bit >> 1, reached);
+    int now = -1;
+    if (reached.high >= count) {
+      threshold |= 3u << bit;
+      now = reached.high;
+    } else if (reached.middle >= count) {
+      threshold |= 2u << bit;
+      now = reached.middle;
+    } else if (reached.low >= count) {
+      threshold |= 1u << bit;
+      now = reached.low;
+    }
+    if (now == count) break;  // the same in all threads
   }
   __syncthreads();
   int above = 0;
   for (int n = threadIdx.x; n < blocks; n += kThreads) above += keys[n] > threshold ? 1 : 0;
-  int equals_left = count - CountBlock(shared, 0, above);
+  int equals_left = count - CountBlock(shared, 0, {above, 0, 0}).low;
 
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
@@ -67,12 +91,13 @@ __device__ void TakeBest(Shared& shared, const uint32_t* keys, int blocks, int c
     const uint32_t key = n < blocks ? keys[n] : kExcluded;
     const bool equal = n < blocks && key == threshold;
     const uint32_t equals = __ballot_sync(kAllLanes, equal);
-    if (lane == 0) shared.counts[round & 1][warp] = __popc(equals);
+    if (lane == 0) shared.counts[round & 1][warp].x = __popc(equals);
     __syncthreads();
     int before = __popc(equals & ((1u << lane) - 1));
     int all = 0;
+#pragma unroll
     for (int i = 0; i < kWarps; ++i) {
-      const int own = shared.counts[round & 1][i];
+      const int own = shared.counts[round & 1][i].x;
       before += i < warp ? own : 0;
       all += own;
     }
@@ -84,8 +109,33 @@ __device__ void TakeBest(Shared& shared, const uint32_t* keys, int blocks, int c
   __syncthreads();
 }
 
-template <bool all_blocks>
+/// Sum over the heads of the softmax weights of one window. `quads` = padded heads / 4.
+template <int quads>
+__device__ inline float SumHeads(const Shared& shared, const float4* from, int all_quads) {
+  float score = 0;
+  const auto add = [&](int q, const float4& l) {
+    score += __expf(l.x - shared.most[4 * q]) * shared.inverse_sum[4 * q];
+    score += __expf(l.y - shared.most[4 * q + 1]) * shared.inverse_sum[4 * q + 1];
+    score += __expf(l.z - shared.most[4 * q + 2]) * shared.inverse_sum[4 * q + 2];
+    score += __expf(l.w - shared.most[4 * q + 3]) * shared.inverse_sum[4 * q + 3];
+  };
+  if constexpr (quads > 0) {
+    float4 logits[quads];
+#pragma unroll
+    for (int q = 0; q < quads; ++q) logits[q] = from[q];
+#pragma unroll
+    for (int q = 0; q < quads; ++q) add(q, logits[q]);
+  } else {
+    for (int q = 0; q < all_quads; ++q) add(q, from[q]);
+  }
+  return score;
+}
+
+/// `quads`: padded heads of a group / 4 where it is known to the compiler, 0: any; -1: all blocks,
+/// without scores.
+template <int quads>
 __global__ void __launch_bounds__(kThreads) SelectKernel(SelectParams p) {
+  constexpr bool all_blocks = quads < 0;
   __shared__ Shared shared;
   extern __shared__ uint32_t keys[];      // [max_blocks]
   uint32_t* taken = keys + p.max_blocks;  // bit set of blocks
@@ -141,19 +191,14 @@ __global__ void __launch_bounds__(kThreads) SelectKernel(SelectParams p) {
     const int first_window = 4 * first_block;
     if (threadIdx.x == 0) shared.window_scores[0] = shared.window_scores[kChunkWindows];
     __syncthreads();
-    for (int i = threadIdx.x; i < kChunkWindows; i += kThreads) {
+    const int here = min(kChunkWindows, 4 * (blocks - first_block));
+#pragma unroll 2
+    for (int i = threadIdx.x; i < here; i += kThreads) {
       const int window = first_window + i;
       float score = -INFINITY;
       if (window < visible) {
-        score = 0;
-        const float4* from = logits + static_cast<int64_t>(window) * (padded / 4);
-        for (int g = 0; g < padded / 4; ++g) {
-          const float4 l = from[g];
-          score += __expf(l.x - shared.most[4 * g]) * shared.inverse_sum[4 * g];
-          score += __expf(l.y - shared.most[4 * g + 1]) * shared.inverse_sum[4 * g + 1];
-          score += __expf(l.z - shared.most[4 * g + 2]) * shared.inverse_sum[4 * g + 2];
-          score += __expf(l.w - shared.most[4 * g + 3]) * shared.inverse_sum[4 * g + 3];
-        }
+        score = SumHeads<quads>(shared, logits + static_cast<int64_t>(window) * (padded / 4),
+                                padded / 4);
       }
       shared.window_scores[1 + i] = score;
     }
@@ -175,17 +220,25 @@ __global__ void __launch_bounds__(kThreads) SelectKernel(SelectParams p) {
 
   if (by_query < total) {
     const int record = p.layer * p.num_kv_heads + head;
-    const auto importance = [&](int window) {
-      if (window < 0 || window >= visible) return -INFINITY;
+    // Scores of windows from `window` on, within one index slot.
+    const auto scores = [&](int window) {
       const std::byte* slot = p.cache.IndexSlot(info.sequence, record, window);
-      return reinterpret_cast<const float*>(slot + int64_t{2} * kIndexWindows *
-                                                       p.cache.head_dim)[window % kIndexWindows];
+      return reinterpret_cast<const float*>(slot + int64_t{2} * kIndexWindows * p.cache.head_dim) +
+             window % kIndexWindows;
     };
     for (int n = threadIdx.x; n < blocks; n += kThreads) {
       uint32_t key = kExcluded;
       if ((taken[n / 32] >> (n % 32) & 1u) == 0) {
         float best = -INFINITY;
-        for (int w = 4 * n - 1; w <= 4 * n + 3; ++w) best = fmaxf(best, importance(w));
+        if (n > 0 && 4 * n - 1 < visible) best = *scores(4 * n - 1);
+        if (4 * n < visible) {
+          // Four windows lie in one slot; what is not visible yet is memory all the same.
+          const float4 own = *reinterpret_cast<const float4*>(scores(4 * n));
+          best = fmaxf(best, own.x);
+          if (4 * n + 1 < visible) best = fmaxf(best, own.y);
+          if (4 * n + 2 < visible) best = fmaxf(best, own.z);
+          if (4 * n + 3 < visible) best = fmaxf(best, own.w);
+        }
         key = OrderedKey(best);
       }
       keys[n] = key;
@@ -248,6 +301,16 @@ __global__ void ReplayKernel(ReplayParams p) {
   if (threadIdx.x == 0) p.count[pair] = p.numbers.topk_blocks;
 }
 
+template <int quads>
+cudaError_t Launch(const SelectParams& params, cudaStream_t stream) {
+  const size_t shared = sizeof(uint32_t) * (params.max_blocks + (params.max_blocks + 31) / 32);
+  const cudaError_t status = cudaFuncSetAttribute(
+      SelectKernel<quads>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (status != cudaSuccess) return status;
+  SelectKernel<quads><<<dim3(params.rows, params.num_kv_heads), kThreads, shared, stream>>>(params);
+  return cudaGetLastError();
+}
+
 bool Valid(const SelectParams& p) {
   return p.rows >= 1 && p.num_kv_heads >= 1 && p.num_heads % p.num_kv_heads == 0 &&
          p.num_heads / p.num_kv_heads <= kMaxGroup && p.max_blocks >= 1 && p.max_blocks <= 48000;
@@ -261,12 +324,14 @@ cudaError_t LaunchSelect(const SelectParams& params, cudaStream_t stream) {
       numbers.topk_blocks > kMaxSelected || params.max_windows % kIndexWindows != 0) {
     return cudaErrorInvalidValue;
   }
-  const size_t shared = sizeof(uint32_t) * (params.max_blocks + (params.max_blocks + 31) / 32);
-  const cudaError_t status = cudaFuncSetAttribute(
-      SelectKernel<false>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (status != cudaSuccess) return status;
-  SelectKernel<false><<<dim3(params.rows, params.num_kv_heads), kThreads, shared, stream>>>(params);
-  return cudaGetLastError();
+  switch (PaddedGroup(params.num_heads / params.num_kv_heads)) {
+    case 8:
+      return Launch<2>(params, stream);
+    case 16:
+      return Launch<4>(params, stream);
+    default:
+      return Launch<0>(params, stream);
+  }
 }
 
 cudaError_t LaunchReplay(const ReplayParams& params, cudaStream_t stream) {
@@ -280,7 +345,7 @@ cudaError_t LaunchReplay(const ReplayParams& params, cudaStream_t stream) {
 
 cudaError_t LaunchSelectAll(const SelectParams& params, cudaStream_t stream) {
   if (!Valid(params)) return cudaErrorInvalidValue;
-  SelectKernel<true><<<dim3(params.rows, params.num_kv_heads), kThreads, 0, stream>>>(params);
+  SelectKernel<-1><<<dim3(params.rows, params.num_kv_heads), kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

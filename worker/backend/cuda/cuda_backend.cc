@@ -52,8 +52,7 @@ bool CudaUsable(int device) {
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || device < 0 || device >= devices) return false;
   int major = 0;
-  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
-             cudaSuccess &&
+  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
          major >= 8;
 }
 
@@ -172,12 +171,11 @@ absl::Status CudaBackend::Start() {
 std::string CudaBackend::Describe() const {
   const int64_t frame_bytes =
       DeviceCache::FrameBytes(config().num_layers, config().num_kv_heads, config().head_dim);
-  return absl::StrCat(
-      "CUDA backend on ", device_name_, ", KV cache of ",
-      cache_->options().frames * frame_bytes >> 20, " MiB, ",
-      options_.slots_per_head == 0 ? std::string("blocks resident while they fit")
-                                   : absl::StrCat(options_.slots_per_head,
-                                                  " slots per layer and KV head"));
+  return absl::StrCat("CUDA backend on ", device_name_, ", KV cache of ",
+                      cache_->options().frames * frame_bytes >> 20, " MiB, ",
+                      options_.slots_per_head == 0
+                          ? std::string("blocks resident while they fit")
+                          : absl::StrCat(options_.slots_per_head, " slots per layer and KV head"));
 }
 
 int CudaBackend::FloorFrames(const Sequence& sequence) const {

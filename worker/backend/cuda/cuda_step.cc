@@ -3,21 +3,20 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
-#include "kernels/append/append.h"
-#include "kernels/embed/embed.h"
 #include "kernels/gather/gather.h"
 #include "kernels/prefill/prefill.h"
-#include "kernels/rms_norm/rms_norm.h"
-#include "kernels/sample/sample.h"
 #include "kernels/score/score.h"
-#include "kernels/swiglu/swiglu.h"
-#include "kernels/windows/windows.h"
+#include "worker/backend/cuda/step_layout.h"
 
 namespace nosara::worker {
+
+using namespace step_layout;
+
 namespace {
 
 using kernels::kBlockTokens;
@@ -25,29 +24,15 @@ using kernels::Load;
 using kernels::RowTile;
 using kernels::StepRow;
 
-/// Thread blocks that fill the GPU a few times over: what splits of attention aim at.
-constexpr int kAttendThreadBlocks = 1024;
-constexpr int kMaxSplits = 64;
-/// The part of the records that were loaded is small: few splits, merged with the others.
-constexpr int kLoadedSplits = 2;
+/// Thread blocks of attention that run on one SM together, by their shared memory.
+constexpr int kAttendBlocksPerSm = 2;
+/// What starting and merging a thread block of attention costs, in blocks of 64 tokens.
+constexpr int kAttendOverheadBlocks = 3;
+constexpr int kMaxSplits = 32;
 /// Rows that share one reading of the compressed keys.
 constexpr int kScoreTileRows = 8;
 /// Sequences of one prefill step at most, which bounds the list of loads.
 constexpr int kMaxChunks = 8;
-
-// Offsets in the input: the stamp of the step, then arrays of max_rows.
-constexpr size_t kRowsOffset = 16;
-
-size_t TokensOffset(int rows) { return kRowsOffset + rows * sizeof(StepRow); }
-size_t ScoreTilesOffset(int rows) { return TokensOffset(rows) + rows * sizeof(int32_t); }
-size_t TilesOffset(int rows) { return ScoreTilesOffset(rows) + rows * sizeof(RowTile); }
-size_t SourceOffset(int rows) { return TilesOffset(rows) + rows * sizeof(RowTile); }
-size_t InputBytes(int rows) { return SourceOffset(rows) + rows * sizeof(int32_t); }
-
-// Offsets in the output, in ints: tokens [max_rows], failures, one unused, totals [max_rows, 2].
-size_t FailuresOffset(int rows) { return rows; }
-size_t TotalsOffset(int rows) { return rows + 2; }
-size_t OutputInts(int rows) { return TotalsOffset(rows) + 2 * static_cast<size_t>(rows); }
 
 /// The sizes that graphs are captured for: 1, 2, 4, 8, then in steps of at most a quarter.
 int RowBucket(int rows) {
@@ -62,11 +47,6 @@ int BlockBucket(int blocks, int max_blocks) {
   int bucket = 32;
   while (bucket < blocks) bucket *= 2;
   return std::min(bucket, std::max(max_blocks, 1));
-}
-
-int WindowsFor(int blocks) {
-  return (4 * blocks + kernels::kIndexWindows - 1) / kernels::kIndexWindows *
-         kernels::kIndexWindows;
 }
 
 }  // namespace
@@ -100,11 +80,6 @@ const char* StageName(Stage stage) {
   }
   return "unknown";
 }
-
-#define NOSARA_STAGE(stage, what, launch)              \
-  if ((stages >> static_cast<int>(stage) & 1u) != 0) { \
-    RETURN_IF_ERROR(CudaStatus((launch), what));       \
-  }
 
 CudaStep::CudaStep(const CudaWeights* weights, DeviceCache* cache, const CudaStepOptions& options,
                    cudaStream_t stream)
@@ -161,6 +136,11 @@ absl::Status CudaStep::Allocate() {
   RETURN_IF_ERROR(CudaStatus(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming), "event"));
   RETURN_IF_ERROR(CudaStatus(cudaEventCreateWithFlags(&join_, cudaEventDisableTiming), "event"));
   ASSIGN_OR_RETURN(matmul_, CudaMatMul::Create());
+  int device_number = 0;
+  RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device_number), "device"));
+  RETURN_IF_ERROR(CudaStatus(
+      cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device_number),
+      "device"));
 
   const size_t rows = max_rows_;
   const size_t decode_rows = RowBucket(options_.max_decode_rows);
@@ -246,8 +226,21 @@ int CudaStep::ScoreRows(int blocks) const {
 }
 
 int CudaStep::Splits(int rows) const {
-  const int groups = (group_ + 15) / 16;
-  return std::clamp(kAttendThreadBlocks / (rows * model_.num_kv_heads * groups), 1, kMaxSplits);
+  // The fewest rounds of thread blocks over the SMs, weighted by the work of each.
+  const int lists = rows * model_.num_kv_heads * ((group_ + 15) / 16);
+  const int at_once = kAttendBlocksPerSm * multiprocessors_;
+  const int blocks = Full() ? cache_->view().max_blocks : model_.nosa.topk_blocks;
+  int best = 1;
+  int64_t best_cost = std::numeric_limits<int64_t>::max();
+  for (int splits = 1; splits <= std::min(kMaxSplits, blocks); ++splits) {
+    const int64_t rounds = (int64_t{lists} * splits + at_once - 1) / at_once;
+    const int64_t cost = rounds * ((blocks + splits - 1) / splits + kAttendOverheadBlocks);
+    if (cost < best_cost) {
+      best_cost = cost;
+      best = splits;
+    }
+  }
+  return best;
 }
 
 void CudaStep::FillInput(absl::Span<const StepToken> tokens, int rows) {
@@ -281,151 +274,6 @@ absl::Status CudaStep::PrepareProducts(int rows, int logits_rows) {
   return absl::OkStatus();
 }
 
-absl::Status CudaStep::Begin(int rows, uint32_t stages) {
-  NOSARA_STAGE(Stage::kInput, "step input",
-               cudaMemcpyAsync(input_.data(), host_input_.data(), InputBytes(max_rows_),
-                               cudaMemcpyHostToDevice, stream_));
-  NOSARA_STAGE(Stage::kInput, "step output",
-               cudaMemsetAsync(output_.data(), 0, output_.bytes(), stream_));
-  NOSARA_STAGE(Stage::kInput, "loads",
-               cudaMemsetAsync(num_loads_.data(), 0, num_loads_.bytes(), stream_));
-  kernels::OpenBlocksParams open;
-  open.rows_info = In<StepRow>(kRowsOffset, true);
-  open.cache = cache_->view();
-  open.step = In<uint32_t>(0, true);
-  open.failures = output_.data() + FailuresOffset(max_rows_);
-  open.rows = rows;
-  NOSARA_STAGE(Stage::kInput, "open blocks", kernels::LaunchOpenBlocks(open, stream_));
-  kernels::EmbedParams embed;
-  embed.table = weights_->embedding.data();
-  embed.tokens = In<int32_t>(TokensOffset(max_rows_), true);
-  embed.rows_info = In<StepRow>(kRowsOffset, true);
-  embed.inverse_frequencies = inverse_frequencies_.data();
-  embed.hidden = hidden_.data();
-  embed.cosine = cosine_.data();
-  embed.sine = sine_.data();
-  embed.rows = rows;
-  embed.width = model_.hidden_size;
-  embed.half = model_.head_dim / 2;
-  NOSARA_STAGE(Stage::kInput, "embedding", kernels::LaunchEmbed(embed, stream_));
-  return absl::OkStatus();
-}
-
-absl::Status CudaStep::BeginLayer(int index, int rows, uint32_t stages) {
-  const CudaWeights::Layer& layer = weights_->layers[index];
-  const int hidden = model_.hidden_size;
-  const int qkv_width = (model_.num_heads + 2 * model_.num_kv_heads) * model_.head_dim;
-  kernels::RmsNormParams norm;
-  norm.hidden = hidden_.data();
-  norm.addend = index > 0 ? projected_.data() : nullptr;
-  norm.weight = layer.input_norm.data();
-  norm.out = normed_.data();
-  norm.rows = rows;
-  norm.width = hidden;
-  norm.eps = model_.rms_norm_eps;
-  NOSARA_STAGE(Stage::kNorm, "norm", kernels::LaunchRmsNorm(norm, stream_));
-  if ((stages >> static_cast<int>(Stage::kMatMul) & 1u) != 0) {
-    RETURN_IF_ERROR(matmul_->Run(normed_.data(), layer.qkv.data(), nullptr, qkv_.data(), rows,
-                                 hidden, qkv_width, stream_));
-  }
-  kernels::AppendParams append;
-  append.qkv = qkv_.data();
-  append.bias = layer.qkv_bias.data();
-  append.A = layer.A.data();
-  append.delta = layer.delta.data();
-  append.delta_bias = layer.delta_bias.data();
-  append.cosine = cosine_.data();
-  append.sine = sine_.data();
-  append.rows_info = In<StepRow>(kRowsOffset, true);
-  append.q = q_.data();
-  append.cache = cache_->view();
-  append.rows = rows;
-  append.num_heads = model_.num_heads;
-  append.num_kv_heads = model_.num_kv_heads;
-  append.layer = index;
-  NOSARA_STAGE(Stage::kAppend, "append", kernels::LaunchAppend(append, stream_));
-  kernels::WindowsParams windows;
-  windows.rows_info = append.rows_info;
-  windows.cache = append.cache;
-  windows.rows = rows;
-  windows.num_kv_heads = model_.num_kv_heads;
-  windows.layer = index;
-  NOSARA_STAGE(Stage::kAppend, "windows", kernels::LaunchWindows(windows, stream_));
-  return absl::OkStatus();
-}
-
-absl::Status CudaStep::Select(int layer, const ScoreBatch& batch, const RowTile* tiles, int blocks,
-                              uint32_t stages) {
-  const NosaConfig& nosa = model_.nosa;
-  const int64_t first_pair = int64_t{batch.first_row} * model_.num_kv_heads;
-  kernels::SelectParams select;
-  select.rows_info = In<StepRow>(kRowsOffset, true) + batch.first_row;
-  select.cache = cache_->view();
-  select.logits = scores_.data();
-  select.partials = score_partials_.data();
-  select.selected = selected_.data() + first_pair * max_selected_;
-  select.count = selected_count_.data() + first_pair;
-  select.numbers.init_blocks = nosa.init_blocks;
-  select.numbers.window_blocks = nosa.window_blocks;
-  select.numbers.query_blocks =
-      options_.policy == AttentionPolicy::kNosa ? nosa.QueryAwareBlocks() : nosa.topk_blocks;
-  select.numbers.topk_blocks = nosa.topk_blocks;
-  select.rows = batch.rows;
-  select.num_heads = model_.num_heads;
-  select.num_kv_heads = model_.num_kv_heads;
-  select.layer = layer;
-  select.max_windows = WindowsFor(blocks);
-  select.max_selected = max_selected_;
-  select.max_blocks = blocks;
-  if (Full() || blocks <= nosa.topk_blocks) {
-    NOSARA_STAGE(Stage::kSelect, "selection", kernels::LaunchSelectAll(select, stream_));
-    return absl::OkStatus();
-  }
-  kernels::ScoreParams score;
-  score.q = q_.data() + int64_t{batch.first_row} * model_.num_heads * model_.head_dim;
-  score.rows_info = select.rows_info;
-  score.tiles = tiles;
-  score.cache = select.cache;
-  score.logits = scores_.data();
-  score.partials = score_partials_.data();
-  score.num_tiles = batch.tiles;
-  score.num_heads = model_.num_heads;
-  score.num_kv_heads = model_.num_kv_heads;
-  score.layer = layer;
-  score.max_windows = select.max_windows;
-  score.dense_blocks = nosa.topk_blocks;
-  NOSARA_STAGE(Stage::kScore, "scores", kernels::LaunchScore(score, stream_));
-  NOSARA_STAGE(Stage::kSelect, "selection", kernels::LaunchSelect(select, stream_));
-  if (options_.replay_rings != nullptr) {
-    kernels::ReplayParams replay;
-    replay.rows_info = select.rows_info;
-    replay.rings = options_.replay_rings;
-    replay.step = In<uint32_t>(0, true);
-    replay.selected = select.selected;
-    replay.count = select.count;
-    replay.numbers = select.numbers;
-    replay.change = options_.replay_change;
-    replay.ring_rows = options_.replay_rows;
-    replay.ring_blocks = options_.replay_ring_blocks;
-    replay.records = select.cache.records;
-    replay.rows = batch.rows;
-    replay.num_kv_heads = model_.num_kv_heads;
-    replay.layer = layer;
-    replay.max_selected = max_selected_;
-    NOSARA_STAGE(Stage::kSelect, "replay", kernels::LaunchReplay(replay, stream_));
-  }
-  return absl::OkStatus();
-}
-
-absl::Status CudaStep::Gather(int layer, cudaStream_t stream) {
-  kernels::GatherParams gather;
-  gather.loads = loads_.data();
-  gather.num_loads = num_loads_.data() + layer;
-  gather.cache = cache_->view();
-  gather.thread_blocks = options_.gather_thread_blocks;
-  return CudaStatus(kernels::LaunchGather(gather, stream), "gather");
-}
-
 absl::Status CudaStep::FetchLoads(int layer, const FetchFunction& fetch) {
   int32_t count = 0;
   RETURN_IF_ERROR(CudaStatus(cudaMemcpyAsync(host_output_.data(), num_loads_.data() + layer,
@@ -457,184 +305,6 @@ absl::Status CudaStep::FetchListed(int count, const FetchFunction& fetch) {
     gather.thread_blocks = options_.gather_thread_blocks;
     RETURN_IF_ERROR(CudaStatus(kernels::LaunchGather(gather, stream_), "gather"));
   }
-  return absl::OkStatus();
-}
-
-absl::Status CudaStep::AttendDecode(int layer, const Shape& shape, uint32_t stages,
-                                    const FetchFunction& fetch) {
-  kernels::ResolveParams resolve;
-  resolve.rows_info = In<StepRow>(kRowsOffset, true);
-  resolve.selected = selected_.data();
-  resolve.count = selected_count_.data();
-  resolve.cache = cache_->view();
-  resolve.step = In<uint32_t>(0, true);
-  resolve.slots = attend_slots_.data();
-  resolve.blocks = attend_blocks_.data();
-  resolve.ranges = ranges_.data();
-  resolve.loads = loads_.data();
-  resolve.num_loads = num_loads_.data() + layer;
-  resolve.failures = output_.data() + FailuresOffset(max_rows_);
-  resolve.totals = reinterpret_cast<int2*>(output_.data() + TotalsOffset(max_rows_));
-  resolve.rows = shape.rows;
-  resolve.num_kv_heads = model_.num_kv_heads;
-  resolve.layer = layer;
-  resolve.max_selected = max_selected_;
-  NOSARA_STAGE(Stage::kResolve, "resolve", kernels::LaunchResolve(resolve, stream_));
-
-  const int resident_splits = Splits(shape.rows);
-  const bool loads = shape.missing != Missing::kNever;
-  kernels::AttendParams attend;
-  attend.q = q_.data();
-  attend.rows_info = resolve.rows_info;
-  attend.slots = attend_slots_.data();
-  attend.blocks = attend_blocks_.data();
-  attend.ranges = ranges_.data();
-  attend.cache = resolve.cache;
-  attend.partial_o = partial_o_.data();
-  attend.partial_mz = partial_mz_.data();
-  attend.rows = shape.rows;
-  attend.num_heads = model_.num_heads;
-  attend.num_kv_heads = model_.num_kv_heads;
-  attend.max_selected = max_selected_;
-  attend.first_split = 0;
-  attend.num_splits = resident_splits;
-  attend.total_splits = resident_splits + (loads ? kLoadedSplits : 0);
-  attend.part = kernels::AttendPart::kResident;
-  attend.bias = options_.bias;
-
-  const bool gathers =
-      shape.missing == Missing::kMapped && (stages >> static_cast<int>(Stage::kGather) & 1u) != 0;
-  if (gathers) {
-    // The gather runs beside the attention over what is here.
-    RETURN_IF_ERROR(CudaStatus(cudaEventRecord(fork_, stream_), "fork"));
-    RETURN_IF_ERROR(CudaStatus(cudaStreamWaitEvent(gather_stream_, fork_, 0), "fork"));
-    RETURN_IF_ERROR(Gather(layer, gather_stream_));
-    RETURN_IF_ERROR(CudaStatus(cudaEventRecord(join_, gather_stream_), "join"));
-  }
-  NOSARA_STAGE(Stage::kAttend, "attention", kernels::LaunchAttend(attend, stream_));
-  if (gathers) RETURN_IF_ERROR(CudaStatus(cudaStreamWaitEvent(stream_, join_, 0), "join"));
-  if (shape.missing == Missing::kFetched) RETURN_IF_ERROR(FetchLoads(layer, fetch));
-  if (loads) {
-    attend.first_split = resident_splits;
-    attend.num_splits = kLoadedSplits;
-    attend.part = kernels::AttendPart::kLoaded;
-    NOSARA_STAGE(Stage::kAttend, "attention", kernels::LaunchAttend(attend, stream_));
-  }
-  kernels::MergeParams merge;
-  merge.partial_o = partial_o_.data();
-  merge.partial_mz = partial_mz_.data();
-  merge.rows_info = resolve.rows_info;
-  merge.out = attended_.data();
-  merge.rows = shape.rows;
-  merge.num_heads = model_.num_heads;
-  merge.num_kv_heads = model_.num_kv_heads;
-  merge.head_dim = model_.head_dim;
-  merge.total_splits = attend.total_splits;
-  NOSARA_STAGE(Stage::kMerge, "merge", kernels::LaunchMerge(merge, stream_));
-  return absl::OkStatus();
-}
-
-absl::Status CudaStep::AttendPrefill(int layer, int rows, int tiles, int blocks, Missing missing,
-                                     const FetchFunction& fetch) {
-  kernels::ResolveParams resolve;
-  resolve.rows_info = In<StepRow>(kRowsOffset, true);
-  resolve.selected = selected_.data();
-  resolve.count = selected_count_.data();
-  resolve.cache = cache_->view();
-  resolve.step = In<uint32_t>(0, true);
-  resolve.loads = loads_.data();
-  resolve.num_loads = num_loads_.data() + layer;
-  resolve.failures = output_.data() + FailuresOffset(max_rows_);
-  resolve.totals = reinterpret_cast<int2*>(output_.data() + TotalsOffset(max_rows_));
-  resolve.rows = rows;
-  resolve.num_kv_heads = model_.num_kv_heads;
-  resolve.layer = layer;
-  resolve.max_selected = max_selected_;
-  resolve.max_blocks = blocks;
-  RETURN_IF_ERROR(CudaStatus(kernels::LaunchResolveChunks(resolve, stream_), "resolve"));
-  if (missing == Missing::kMapped) RETURN_IF_ERROR(Gather(layer, stream_));
-  if (missing == Missing::kFetched) RETURN_IF_ERROR(FetchLoads(layer, fetch));
-
-  kernels::PrefillParams prefill;
-  prefill.q = q_.data();
-  prefill.rows_info = resolve.rows_info;
-  prefill.tiles = In<RowTile>(TilesOffset(max_rows_), true);
-  prefill.selected = selected_.data();
-  prefill.count = selected_count_.data();
-  prefill.cache = resolve.cache;
-  prefill.out = attended_.data();
-  prefill.num_tiles = tiles;
-  prefill.num_heads = model_.num_heads;
-  prefill.num_kv_heads = model_.num_kv_heads;
-  prefill.layer = layer;
-  prefill.max_selected = max_selected_;
-  prefill.max_blocks = blocks;
-  prefill.bias = options_.bias;
-  return CudaStatus(kernels::LaunchPrefill(prefill, stream_), "attention");
-}
-
-absl::Status CudaStep::EndLayer(int index, int rows, uint32_t stages) {
-  const CudaWeights::Layer& layer = weights_->layers[index];
-  const int hidden = model_.hidden_size;
-  const int q_width = model_.num_heads * model_.head_dim;
-  const bool products = (stages >> static_cast<int>(Stage::kMatMul) & 1u) != 0;
-  if (products) {
-    RETURN_IF_ERROR(matmul_->Run(attended_.data(), layer.o.data(), layer.o_bias.data(),
-                                 projected_.data(), rows, q_width, hidden, stream_));
-  }
-  kernels::RmsNormParams norm;
-  norm.hidden = hidden_.data();
-  norm.addend = projected_.data();
-  norm.weight = layer.post_norm.data();
-  norm.out = normed_.data();
-  norm.rows = rows;
-  norm.width = hidden;
-  norm.eps = model_.rms_norm_eps;
-  NOSARA_STAGE(Stage::kNorm, "norm", kernels::LaunchRmsNorm(norm, stream_));
-  if (products) {
-    RETURN_IF_ERROR(matmul_->Run(normed_.data(), layer.gate_up.data(), nullptr, gate_up_.data(),
-                                 rows, hidden, 2 * model_.intermediate_size, stream_));
-  }
-  kernels::SwiGluParams swiglu;
-  swiglu.gate_up = gate_up_.data();
-  swiglu.out = activated_.data();
-  swiglu.rows = rows;
-  swiglu.width = model_.intermediate_size;
-  NOSARA_STAGE(Stage::kActivation, "activation", kernels::LaunchSwiGlu(swiglu, stream_));
-  if (products) {
-    RETURN_IF_ERROR(matmul_->Run(activated_.data(), layer.down.data(), nullptr, projected_.data(),
-                                 rows, model_.intermediate_size, hidden, stream_));
-  }
-  return absl::OkStatus();
-}
-
-absl::Status CudaStep::Output(int rows, const int32_t* source, uint32_t stages) {
-  if (rows > 0) {
-    kernels::RmsNormParams norm;
-    norm.hidden = hidden_.data();
-    norm.addend = projected_.data();
-    norm.weight = weights_->final_norm.data();
-    norm.out = normed_.data();
-    norm.source = source;
-    norm.rows = rows;
-    norm.width = model_.hidden_size;
-    norm.eps = model_.rms_norm_eps;
-    NOSARA_STAGE(Stage::kNorm, "norm", kernels::LaunchRmsNorm(norm, stream_));
-    if ((stages >> static_cast<int>(Stage::kMatMul) & 1u) != 0) {
-      RETURN_IF_ERROR(matmul_->Run(normed_.data(), weights_->output_matrix(), nullptr,
-                                   logits_.data(), rows, model_.hidden_size, model_.vocab_size,
-                                   stream_));
-    }
-    kernels::ArgMaxParams arg_max;
-    arg_max.logits = logits_.data();
-    arg_max.token = output_.data();
-    arg_max.rows = rows;
-    arg_max.vocab = model_.vocab_size;
-    NOSARA_STAGE(Stage::kOutput, "sampling", kernels::LaunchArgMax(arg_max, stream_));
-  }
-  NOSARA_STAGE(Stage::kOutput, "step output",
-               cudaMemcpyAsync(host_output_.data(), output_.data(), output_.bytes(),
-                               cudaMemcpyDeviceToHost, stream_));
   return absl::OkStatus();
 }
 
@@ -841,7 +511,5 @@ absl::StatusOr<double> CudaStep::TimeStages(uint32_t stages, int repeats) {
   std::sort(times.begin(), times.end());
   return times[times.size() / 2] * 1e3;
 }
-
-#undef NOSARA_STAGE
 
 }  // namespace nosara::worker

@@ -183,6 +183,7 @@ class CudaStep final {
   cudaEvent_t fork_ = nullptr;
   cudaEvent_t join_ = nullptr;
   std::unique_ptr<CudaMatMul> matmul_;
+  int multiprocessors_ = 1;
 
   // One copy each way a step. Layouts: see the source.
   PinnedArray<std::byte> host_input_;
