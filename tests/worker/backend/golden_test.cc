@@ -28,7 +28,22 @@ json ReadJson(const std::string& path) {
   return json::parse(file);
 }
 
-/// What the reference's README measured for float64 against float32 sums, with room.
+/// How far a right implementation may be from the golden values, whose sums were made in another
+/// order. Measured on the reference: tests/reference/measure_tolerance.py --noise gives every sum
+/// the error of another order, 40 times; worst over the prompts up to 513 tokens:
+///
+///   tiny-f32   logits 3.2e-5
+///   tiny-bf16  logits 0.082, at len-127, whose median is 0.071; 0.069 elsewhere
+///
+/// In bf16 the error of a sum is nothing until it moves one value over a rounding boundary: then
+/// that value flips by one ulp of bf16, and the random weights carry it on. So the
+/// differences come in a few sizes and not in a continuum. Traced for len-127 token by token: the
+/// rounding points of layer 0 differ from the reference's in 1 of 32,512 values of q and 4 of the
+/// attention's output, by one ulp each (2^-8 at most); behind them are 0.04 in the residual stream
+/// after layer 1 and 0.070 in the logits. Given its own inputs, every rounding point of both layers
+/// is the rounding of what float64 gives, but for 15 of 252,000 values, which lie
+/// within 8e-7 of a rounding boundary, an f32 sum's error: no rounding is missing, doubled or
+/// misplaced.
 struct Tolerance {
   float logits;    // absolute
   float margin_s;  // below: a near-tie, the set may differ
@@ -36,7 +51,7 @@ struct Tolerance {
 };
 
 Tolerance ToleranceOf(DType dtype) {
-  return dtype == DType::kF32 ? Tolerance{1e-4f, 1e-4f, 1e-5f} : Tolerance{0.1f, 0.03f, 2e-3f};
+  return dtype == DType::kF32 ? Tolerance{6e-5f, 1e-4f, 1e-5f} : Tolerance{0.1f, 0.03f, 2e-3f};
 }
 
 class GoldenTest : public ::testing::TestWithParam<std::string> {
@@ -164,8 +179,8 @@ TEST_P(GoldenTest, PrefillInChunksOfEverySize) {
   std::printf(
       "[ golden   ] %s: %d selections compared, %d differ by a near-tie, logits within %.2g\n",
       GetParam().c_str(), compared_, near_ties_, worst_logit_);
-  // The exception must stay the exception, or this test shows nothing.
-  EXPECT_LE(near_ties_, compared_ / 50 + all_tied_);
+  // Nowhere but where all scores by E are one number up to rounding, or this test shows nothing.
+  EXPECT_EQ(near_ties_, all_tied_);
 }
 
 TEST_P(GoldenTest, GreedyTextWhereTheChoiceIsClear) {
@@ -198,6 +213,7 @@ TEST_P(GoldenTest, GreedyTextWhereTheChoiceIsClear) {
     if (one.contains("selections")) ExpectSelections(one["selections"]);
     backend_->RemoveSequence(id);
   }
+  EXPECT_EQ(near_ties_, 0);
 }
 
 class GoldenCacheTest : public GoldenTest {};
@@ -207,9 +223,17 @@ TEST_P(GoldenCacheTest, PagesHoldWhatTheReferenceCached) {
   const ModelConfig& config = checkpoint_->config();
   const kvstore::PageLayout& layout = backend_->layout();
   const bool bf16 = config.dtype == DType::kBf16;
-  // One rounding step of the dtype either way, and the noise of sums around zero.
+  // One rounding step of the dtype either way, and what a flip in the layer before makes of it (see
+  // Tolerance). The noise of sums moved these blocks, beyond the relative part, by at most: bf16 k
+  // 0.017, v 7.2e-3, kc 1.4e-3, c 5.7e-5, e nothing; f32 k 2.0e-5, v 1.1e-5, kc 8.3e-7, c and e
+  // nothing.
   const float relative = bf16 ? 1.0f / 128 : 1e-4f;
-  const float absolute = bf16 ? 8e-3f : 2e-5f;
+  const std::map<std::string, float> absolute = {{"k", bf16 ? 2e-2f : 2.5e-5f},
+                                                 {"v", bf16 ? 8e-3f : 1.5e-5f},
+                                                 {"kc", bf16 ? 2e-3f : 1e-6f},
+                                                 {"c", bf16 ? 1e-4f : 1e-6f},
+                                                 {"e", bf16 ? 1e-4f : 1e-6f}};
+  std::map<std::string, float> worst;  // beyond the relative part
   uint64_t next_id = 1;
   for (const json& one : golden_["cache"]) {
     const std::vector<int32_t> prompt = prompts_[one["prompt"].get<std::string>()];
@@ -228,7 +252,9 @@ TEST_P(GoldenCacheTest, PagesHoldWhatTheReferenceCached) {
         const float actual = is_f32 ? reinterpret_cast<const float*>(bytes)[i]
                                     : ToFloat(reinterpret_cast<const Bf16*>(bytes)[i]);
         const float expected = all[head * per_head + i];
-        ASSERT_NEAR(actual, expected, relative * std::abs(expected) + absolute)
+        worst[what] =
+            std::max(worst[what], std::abs(actual - expected) - relative * std::abs(expected));
+        ASSERT_NEAR(actual, expected, relative * std::abs(expected) + absolute.at(what))
             << prefix << "." << what << " head " << head << " element " << i;
       }
     };
@@ -248,6 +274,10 @@ TEST_P(GoldenCacheTest, PagesHoldWhatTheReferenceCached) {
               4 - skip);
     }
     backend_->RemoveSequence(id);
+  }
+  for (const auto& [what, excess] : worst) {
+    std::printf("[ golden   ] %s: %s within its relative tolerance and %.2g\n", GetParam().c_str(),
+                what.c_str(), excess);
   }
 }
 
@@ -279,6 +309,7 @@ TEST_P(GoldenDemoModelTest, LogitsSelectionsAndGreedyText) {
   const json prompts = ReadJson(kGolden + golden["prompts"].get<std::string>());
   ASSERT_OK_AND_ASSIGN(std::shared_ptr<const Checkpoint> checkpoint,
                        Checkpoint::Open("models/nosa-tiny"));
+  // Twice what float64 sums change in the reference's own logits (0.088), and some.
   constexpr float kLogits = 0.2f;
   constexpr float kMarginS = 0.03f;
   constexpr float kMarginE = 0.02f;
@@ -295,6 +326,7 @@ TEST_P(GoldenDemoModelTest, LogitsSelectionsAndGreedyText) {
   };
   ASSERT_OK_AND_ASSIGN(const auto backend, CpuBackend::Create(checkpoint, nullptr, options));
   int compared = 0, clear_differ = 0, clear_steps = 0;
+  float worst = 0;
   uint64_t next_id = 1;
   for (const json& one : golden["cases"]) {
     SCOPED_TRACE(one["prompt"]);
@@ -315,7 +347,10 @@ TEST_P(GoldenDemoModelTest, LogitsSelectionsAndGreedyText) {
     }
     const std::vector<int32_t> ids = one["top"]["ids"];
     const std::vector<float> top = one["top"]["logits"];
-    for (size_t i = 0; i < ids.size(); ++i) EXPECT_NEAR(logits[0][ids[i]], top[i], kLogits);
+    for (size_t i = 0; i < ids.size(); ++i) {
+      EXPECT_NEAR(logits[0][ids[i]], top[i], kLogits);
+      worst = std::max(worst, std::abs(logits[0][ids[i]] - top[i]));
+    }
     for (size_t step = 0; step < greedy.size(); ++step) {
       if (one["gaps"][step].get<float>() > 2 * kLogits) {
         const auto best = std::max_element(logits[0].begin(), logits[0].end());
@@ -336,8 +371,13 @@ TEST_P(GoldenDemoModelTest, LogitsSelectionsAndGreedyText) {
     }
     backend->RemoveSequence(id);
   }
-  std::printf("[ golden   ] %s: %d selections compared, %d clear ones differ, %d clear steps\n",
-              GetParam().c_str(), compared, clear_differ, clear_steps);
+  std::printf(
+      "[ golden   ] %s: %d selections compared, %d clear ones differ, %d clear steps, logits "
+      "within "
+      "%.2g\n",
+      GetParam().c_str(), compared, clear_differ, clear_steps, worst);
+  // A near-tie that falls the other way changes what later layers see by more than rounding does,
+  // so that even a clear set behind it may differ.
   EXPECT_LE(clear_differ, compared / 100);
   EXPECT_GT(clear_steps, 0);
 }
