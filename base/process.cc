@@ -4,7 +4,6 @@
 
 #include <csignal>
 #include <cstdio>
-#include <cstring>
 #include <fstream>
 
 #include "absl/strings/str_cat.h"
@@ -32,7 +31,7 @@ std::string StopSignal::Wait() {
   int signal = 0;
   sigwait(&signals, &signal);
   pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
-  return strsignal(signal);
+  return signal == SIGTERM ? "Terminated" : "Interrupt";
 }
 
 absl::Status WritePortFile(const std::string& path, const std::string& address) {

@@ -10,10 +10,12 @@
 
 #include "base/check.h"
 
+// The sanitizer's names. NOLINTBEGIN(bugprone-reserved-identifier)
 extern "C" {
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
 }
+// NOLINTEND(bugprone-reserved-identifier)
 
 namespace {
 

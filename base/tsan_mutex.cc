@@ -12,10 +12,12 @@
 #include "absl/synchronization/notification.h"
 #include "base/check.h"
 
+// The sanitizer's names. NOLINTBEGIN(bugprone-reserved-identifier)
 extern "C" {
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
 }
+// NOLINTEND(bugprone-reserved-identifier)
 
 #define NOSARA_STRINGIFY_(x) #x
 #define NOSARA_STRINGIFY(x) NOSARA_STRINGIFY_(x)

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cstring>
 #include <fstream>
+#include <system_error>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -63,7 +64,7 @@ absl::StatusOr<FileMapping> MapArena(const std::string& path, uint64_t epoch, ui
   const FileDescriptor fd(open(path.c_str(), flags | O_CLOEXEC | O_NOFOLLOW));
   if (!fd.valid()) {
     return absl::FailedPreconditionError(
-        absl::StrCat("arena file ", path, ": ", std::strerror(errno)));
+        absl::StrCat("arena file ", path, ": ", std::generic_category().message(errno)));
   }
   struct stat info;
   if (fstat(fd.get(), &info) != 0) return absl::ErrnoToStatus(errno, path);

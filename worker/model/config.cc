@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cerrno>
 #include <cmath>
-#include <cstring>
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
+#include <system_error>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -278,7 +278,8 @@ absl::Status ReadEos(const Fields& fields, int vocab_size, std::vector<int32_t>*
 
 absl::StatusOr<std::string> ReadFile(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
-  if (!file) return absl::NotFoundError(absl::StrCat(path, ": ", std::strerror(errno)));
+  if (!file)
+    return absl::NotFoundError(absl::StrCat(path, ": ", std::generic_category().message(errno)));
   std::string content((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   if (file.bad()) return absl::InvalidArgumentError(absl::StrCat(path, ": cannot be read"));
   return content;

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <system_error>
 #include <tuple>
 #include <utility>
 
@@ -275,12 +276,13 @@ SafetensorsFile::~SafetensorsFile() {
 absl::StatusOr<std::unique_ptr<SafetensorsFile>> SafetensorsFile::Open(const std::string& path) {
   const ScopedFd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (fd.get() < 0) {
-    const std::string message = absl::StrCat(path, ": ", std::strerror(errno));
+    const std::string message = absl::StrCat(path, ": ", std::generic_category().message(errno));
     return errno == ENOENT ? absl::NotFoundError(message) : absl::InvalidArgumentError(message);
   }
   struct stat info;
   if (fstat(fd.get(), &info) != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(path, ": ", std::strerror(errno)));
+    return absl::InvalidArgumentError(
+        absl::StrCat(path, ": ", std::generic_category().message(errno)));
   }
   if (!S_ISREG(info.st_mode)) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": not a regular file"));
@@ -291,7 +293,7 @@ absl::StatusOr<std::unique_ptr<SafetensorsFile>> SafetensorsFile::Open(const std
   void* const address = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd.get(), 0);
   if (address == MAP_FAILED) {
     return absl::ResourceExhaustedError(
-        absl::StrCat(path, ": cannot be mapped: ", std::strerror(errno)));
+        absl::StrCat(path, ": cannot be mapped: ", std::generic_category().message(errno)));
   }
   std::unique_ptr<SafetensorsFile> file(
       new SafetensorsFile(path, {static_cast<const std::byte*>(address), size}));

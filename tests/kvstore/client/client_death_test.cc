@@ -51,8 +51,8 @@ std::vector<ClientProcess>& Clients() {
   while (client->stats().records_read < 1000) {
   }
   if (write(busy_pipe, &byte, 1) != 1) _exit(1);
-  while (true) {
-    TestChain more(TestLayout(), 4, static_cast<uint64_t>(rand()));
+  for (uint64_t seed = 2000;; ++seed) {
+    TestChain more(TestLayout(), 4, seed);
     const auto result = Write(*client, more.At(0), more.Writes());
     if (result.ok()) client->Release(result->leases);
   }
