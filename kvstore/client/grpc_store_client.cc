@@ -90,8 +90,8 @@ class GrpcStoreClient::Impl final {
   }
 
   void Write(ChainPosition position, std::vector<PageWrite> pages, Done<WriteResult> done);
-  void ReadPrefixes(std::vector<PrefixRead> reads, DoneStatus done);
-  void ReadRecords(std::vector<RecordRead> reads, DoneStatus done);
+  void ReadPrefixes(const std::vector<PrefixRead>& reads, DoneStatus done);
+  void ReadRecords(const std::vector<RecordRead>& reads, DoneStatus done);
 
   void Release(const std::vector<LeaseId>& leases) { leases_.Release(leases); }
   absl::Status CheckLease(LeaseId lease) const { return leases_.Check(lease); }
@@ -287,7 +287,7 @@ void GrpcStoreClient::Impl::Write(ChainPosition position, std::vector<PageWrite>
 
 // --- Reads --------------------------------------------------------------------------------------
 
-void GrpcStoreClient::Impl::ReadPrefixes(std::vector<PrefixRead> reads, DoneStatus done) {
+void GrpcStoreClient::Impl::ReadPrefixes(const std::vector<PrefixRead>& reads, DoneStatus done) {
   absl::Status valid;
   std::vector<TransferThread::Piece> pieces;
   pieces.reserve(reads.size());
@@ -310,7 +310,7 @@ void GrpcStoreClient::Impl::ReadPrefixes(std::vector<PrefixRead> reads, DoneStat
   SubmitReads(std::move(pieces), std::move(valid), std::move(done));
 }
 
-void GrpcStoreClient::Impl::ReadRecords(std::vector<RecordRead> reads, DoneStatus done) {
+void GrpcStoreClient::Impl::ReadRecords(const std::vector<RecordRead>& reads, DoneStatus done) {
   absl::Status valid;
   std::vector<TransferThread::Piece> pieces;
   pieces.reserve(reads.size());
@@ -420,12 +420,12 @@ void GrpcStoreClient::Write(ChainPosition position, std::vector<PageWrite> pages
   impl_->Write(position, std::move(pages), std::move(done));
 }
 void GrpcStoreClient::ReadPrefixes(std::vector<PrefixRead> reads, DoneStatus done) {
-  impl_->ReadPrefixes(std::move(reads), std::move(done));
+  impl_->ReadPrefixes(reads, std::move(done));
 }
 void GrpcStoreClient::ReadRecords(std::vector<RecordRead> reads, DoneStatus done) {
-  impl_->ReadRecords(std::move(reads), std::move(done));
+  impl_->ReadRecords(reads, std::move(done));
 }
-void GrpcStoreClient::Release(std::vector<LeaseId> leases) { impl_->Release(std::move(leases)); }
+void GrpcStoreClient::Release(std::vector<LeaseId> leases) { impl_->Release(leases); }
 absl::Status GrpcStoreClient::CheckLease(LeaseId lease) const { return impl_->CheckLease(lease); }
 Path GrpcStoreClient::PathTo(StoreId store) const { return impl_->PathTo(store); }
 std::vector<std::string> GrpcStoreClient::UnreachableStores() const {
