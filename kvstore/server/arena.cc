@@ -36,6 +36,7 @@ void RemoveStaleFiles(const std::string& folder) {
   DIR* const dir = opendir(folder.c_str());
   if (dir == nullptr) return;
   std::vector<std::string> names;
+  // Nobody else reads this stream. NOLINTNEXTLINE(concurrency-mt-unsafe)
   while (const dirent* entry = readdir(dir)) {
     if (absl::StartsWith(entry->d_name, kFilePrefix)) names.push_back(entry->d_name);
   }
