@@ -8,6 +8,8 @@
 
 namespace nosara::kernels {
 
+enum class AppendWindows { kLeave, kUpdate };
+
 /// For each row (a token at position t of a sequence), of layer `layer`:
 ///   x = qkv + bias; q, k: RoPE (NeoX halves) in f32, then rounded to bf16; v rounded to bf16;
 ///   c[h] = A[h] * softplus(sum_j delta[h,j] * v[j] + delta_bias[h]) from the unrounded v of all
@@ -31,6 +33,8 @@ struct AppendParams {
   int num_heads = 0;     // Hq
   int num_kv_heads = 0;  // Hkv
   int layer = 0;
+  /// kUpdate: also what LaunchWindows does; only where no two rows are of one sequence.
+  AppendWindows windows = AppendWindows::kLeave;
 };
 
 /// Capturable.

@@ -1,3 +1,4 @@
+#include "kernels/common/launch.cuh"
 #include "kernels/embed/embed.h"
 
 namespace nosara::kernels {
@@ -6,6 +7,7 @@ namespace {
 constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) EmbedKernel(EmbedParams p) {
+  StartKernel();
   const int64_t row = blockIdx.x;
   const StepRow info = p.rows_info[row];
   const bool used = info.sequence >= 0;
@@ -36,8 +38,7 @@ cudaError_t LaunchEmbed(const EmbedParams& params, cudaStream_t stream) {
   if (params.rows < 1 || params.width < 4 || params.width % 4 != 0 || params.half < 1) {
     return cudaErrorInvalidValue;
   }
-  EmbedKernel<<<params.rows, kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchKernel(EmbedKernel, params.rows, kThreads, 0, stream, params);
 }
 
 }  // namespace nosara::kernels

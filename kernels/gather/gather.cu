@@ -1,4 +1,5 @@
 #include "kernels/common/device.cuh"
+#include "kernels/common/launch.cuh"
 #include "kernels/gather/gather.h"
 
 namespace nosara::kernels {
@@ -9,6 +10,7 @@ constexpr int kInFlight = 8;  // 16-byte reads of a thread under way together
 
 template <int dim>
 __global__ void __launch_bounds__(kThreads) GatherKernel(GatherParams p) {
+  StartKernel();
   constexpr int kChunks = RecordBytes(dim) / 16;
   const int64_t total = int64_t{*p.num_loads} * kChunks;
   const auto source = [&](int64_t i) {
@@ -52,15 +54,12 @@ cudaError_t LaunchGather(const GatherParams& params, cudaStream_t stream) {
   if (params.thread_blocks < 1) return cudaErrorInvalidValue;
   switch (params.cache.head_dim) {
     case 64:
-      GatherKernel<64><<<params.thread_blocks, kThreads, 0, stream>>>(params);
-      break;
+      return LaunchKernel(GatherKernel<64>, params.thread_blocks, kThreads, 0, stream, params);
     case 128:
-      GatherKernel<128><<<params.thread_blocks, kThreads, 0, stream>>>(params);
-      break;
+      return LaunchKernel(GatherKernel<128>, params.thread_blocks, kThreads, 0, stream, params);
     default:
       return cudaErrorInvalidValue;
   }
-  return cudaGetLastError();
 }
 
 }  // namespace nosara::kernels

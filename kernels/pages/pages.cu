@@ -1,4 +1,5 @@
 #include "kernels/common/device.cuh"
+#include "kernels/common/launch.cuh"
 #include "kernels/pages/pages.h"
 
 namespace nosara::kernels {
@@ -49,6 +50,7 @@ __device__ void CopyRecord(const CacheView& cache, const std::byte* from, std::b
 }
 
 __global__ void __launch_bounds__(kThreads) ExportKernel(ExportParams p) {
+  StartKernel();
   const PageOfBlock block = p.blocks[blockIdx.x];
   const int record = blockIdx.y;
   const int64_t slot = p.cache.SlotOf(block.sequence, record, block.block);
@@ -59,6 +61,7 @@ __global__ void __launch_bounds__(kThreads) ExportKernel(ExportParams p) {
 }
 
 __global__ void __launch_bounds__(kThreads) ImportIndexKernel(ExportParams p) {
+  StartKernel();
   const PageOfBlock block = p.blocks[blockIdx.x];
   const int record = blockIdx.y;
   CopyIndex<false>(p.cache, block, record,
@@ -82,6 +85,7 @@ constexpr uint64_t kNothing = ~uint64_t{0};
 
 /// One thread block a record.
 __global__ void __launch_bounds__(kThreads) ShrinkKernel(ShrinkParams p) {
+  StartKernel();
   __shared__ uint64_t scratch[kWarps];
   const CacheView& cache = p.cache;
   const int record = blockIdx.x;
@@ -142,23 +146,22 @@ bool Valid(const ExportParams& p) {
 cudaError_t LaunchExport(const ExportParams& params, cudaStream_t stream) {
   if (!Valid(params)) return cudaErrorInvalidValue;
   if (params.num_blocks == 0) return cudaSuccess;
-  ExportKernel<<<dim3(params.num_blocks, params.cache.records), kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchKernel(ExportKernel, dim3(params.num_blocks, params.cache.records), kThreads, 0,
+                      stream, params);
 }
 
 cudaError_t LaunchImportIndex(const ExportParams& params, cudaStream_t stream) {
   if (!Valid(params)) return cudaErrorInvalidValue;
   if (params.num_blocks == 0) return cudaSuccess;
-  ImportIndexKernel<<<dim3(params.num_blocks, params.cache.records), kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchKernel(ImportIndexKernel, dim3(params.num_blocks, params.cache.records), kThreads, 0,
+                      stream, params);
 }
 
 cudaError_t LaunchShrink(const ShrinkParams& params, cudaStream_t stream) {
   if (params.keep < 1 || params.sequence < 0 || params.cache.records < 1) {
     return cudaErrorInvalidValue;
   }
-  ShrinkKernel<<<params.cache.records, kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchKernel(ShrinkKernel, params.cache.records, kThreads, 0, stream, params);
 }
 
 }  // namespace nosara::kernels

@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "kernels/common/attention.cuh"
+#include "kernels/common/launch.cuh"
 #include "kernels/prefill/prefill.h"
 
 namespace nosara::kernels {
@@ -24,6 +25,7 @@ struct Stage {
 /// selected.
 template <int dim>
 __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(PrefillParams p, float scale) {
+  StartKernel();
   constexpr int kChunks = dim / 8;
   extern __shared__ __align__(128) std::byte memory[];
   Stage<dim>* stages = reinterpret_cast<Stage<dim>*>(memory);
@@ -151,8 +153,8 @@ cudaError_t Launch(const PrefillParams& params, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   const int group = params.num_heads / params.num_kv_heads;
   const dim3 grid(params.num_tiles, params.num_kv_heads * ((group + kRows - 1) / kRows));
-  PrefillKernel<dim><<<grid, kThreads, shared, stream>>>(params, 1.0f / std::sqrt(float{dim}));
-  return cudaGetLastError();
+  return LaunchKernel(PrefillKernel<dim>, grid, kThreads, shared, stream, params,
+                      1.0f / std::sqrt(float{dim}));
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 #include "kernels/common/device.cuh"
+#include "kernels/common/launch.cuh"
 #include "kernels/resolve/resolve.h"
 
 namespace nosara::kernels {
@@ -73,6 +74,7 @@ __device__ inline void CountTotals(const ResolveParams& p, int row, int selected
 }
 
 __global__ void __launch_bounds__(kThreads) ResolveKernel(ResolveParams p) {
+  StartKernel();
   extern __shared__ int32_t missing[];  // [max_selected]
   __shared__ int hits_of_warp[2][kWarps];
   __shared__ uint64_t scratch[kWarps];
@@ -139,6 +141,7 @@ __global__ void __launch_bounds__(kThreads) ResolveKernel(ResolveParams p) {
 }
 
 __global__ void __launch_bounds__(kThreads) ResolveChunksKernel(ResolveParams p) {
+  StartKernel();
   extern __shared__ uint32_t needed[];  // bit set of blocks
   __shared__ uint64_t scratch[kWarps];
   const int first_row = blockIdx.x;
@@ -195,6 +198,7 @@ __global__ void __launch_bounds__(kThreads) ResolveChunksKernel(ResolveParams p)
 }
 
 __global__ void __launch_bounds__(kThreads) OpenBlocksKernel(OpenBlocksParams p) {
+  StartKernel();
   __shared__ uint64_t scratch[kWarps];
   const int sequence = p.rows_info[blockIdx.x].sequence;
   if (sequence < 0) return;
@@ -221,8 +225,8 @@ cudaError_t LaunchResolve(const ResolveParams& params, cudaStream_t stream) {
   const cudaError_t status = cudaFuncSetAttribute(
       ResolveKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (status != cudaSuccess) return status;
-  ResolveKernel<<<dim3(params.rows, params.num_kv_heads), kThreads, shared, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchKernel(ResolveKernel, dim3(params.rows, params.num_kv_heads), kThreads, shared,
+                      stream, params);
 }
 
 cudaError_t LaunchResolveChunks(const ResolveParams& params, cudaStream_t stream) {
@@ -230,14 +234,14 @@ cudaError_t LaunchResolveChunks(const ResolveParams& params, cudaStream_t stream
     return cudaErrorInvalidValue;
   }
   const size_t shared = sizeof(uint32_t) * ((params.max_blocks + 31) / 32);
-  ResolveChunksKernel<<<dim3(params.rows, params.num_kv_heads), kThreads, shared, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchKernel(ResolveChunksKernel, dim3(params.rows, params.num_kv_heads), kThreads, shared,
+                      stream, params);
 }
 
 cudaError_t LaunchOpenBlocks(const OpenBlocksParams& params, cudaStream_t stream) {
   if (params.rows < 1 || params.cache.records < 1) return cudaErrorInvalidValue;
-  OpenBlocksKernel<<<dim3(params.rows, params.cache.records), kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchKernel(OpenBlocksKernel, dim3(params.rows, params.cache.records), kThreads, 0,
+                      stream, params);
 }
 
 }  // namespace nosara::kernels

@@ -1,4 +1,5 @@
 #include "kernels/common/device.cuh"
+#include "kernels/common/launch.cuh"
 #include "kernels/rms_norm/rms_norm.h"
 
 namespace nosara::kernels {
@@ -8,6 +9,7 @@ constexpr int kThreads = 256;
 constexpr int kCached = 8;  // float4 a thread that stay in registers: widths up to 8,192
 
 __global__ void __launch_bounds__(kThreads) RmsNormKernel(RmsNormParams p) {
+  StartKernel();
   __shared__ float scratch[kThreads / 32];
   const int64_t from = p.source == nullptr ? blockIdx.x : p.source[blockIdx.x];
   float4* hidden = reinterpret_cast<float4*>(p.hidden + from * p.width);
@@ -61,8 +63,7 @@ __global__ void __launch_bounds__(kThreads) RmsNormKernel(RmsNormParams p) {
 
 cudaError_t LaunchRmsNorm(const RmsNormParams& params, cudaStream_t stream) {
   if (params.rows < 1 || params.width < 4 || params.width % 4 != 0) return cudaErrorInvalidValue;
-  RmsNormKernel<<<params.rows, kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchKernel(RmsNormKernel, params.rows, kThreads, 0, stream, params);
 }
 
 }  // namespace nosara::kernels

@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "kernels/common/device.cuh"
+#include "kernels/common/launch.cuh"
 #include "kernels/sample/sample.h"
 
 namespace nosara::kernels {
@@ -17,6 +18,7 @@ __device__ inline void KeepBetter(float& best, int& id, float other, int other_i
 }
 
 __global__ void __launch_bounds__(kThreads) ArgMaxKernel(ArgMaxParams p) {
+  StartKernel();
   __shared__ float bests[kThreads / 32];
   __shared__ int ids[kThreads / 32];
   const float* logits = p.logits + static_cast<int64_t>(blockIdx.x) * p.vocab;
@@ -56,8 +58,7 @@ __global__ void __launch_bounds__(kThreads) ArgMaxKernel(ArgMaxParams p) {
 
 cudaError_t LaunchArgMax(const ArgMaxParams& params, cudaStream_t stream) {
   if (params.rows < 1 || params.vocab < 1) return cudaErrorInvalidValue;
-  ArgMaxKernel<<<params.rows, kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchKernel(ArgMaxKernel, params.rows, kThreads, 0, stream, params);
 }
 
 }  // namespace nosara::kernels

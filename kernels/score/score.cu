@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "kernels/common/device.cuh"
+#include "kernels/common/launch.cuh"
 #include "kernels/score/score.h"
 
 namespace nosara::kernels {
@@ -26,12 +27,14 @@ struct Queries {
   }
 };
 
-/// One thread block: the 128 windows of one index slot against the queries of a tile of rows.
-template <int dim>
-__global__ void __launch_bounds__(kThreads) ScoreKernel(ScoreParams p, float scale) {
+/// One thread block: the 128 windows of one index slot against the queries of a tile of rows, 8 *
+/// `eights` heads at a time. A warp has 32 windows.
+template <int dim, int eights>
+__global__ void __launch_bounds__(kThreads, 6) ScoreKernel(ScoreParams p, float scale) {
+  StartKernel();
   constexpr int kChunks = dim / 8;  // 16-byte chunks of a key
   extern __shared__ uint4 keys[];   // [128, kChunks], swizzled
-  __shared__ float2 warp_partials[kWarps][8];
+  __shared__ float2 warp_partials[kWarps][8 * eights];
 
   const RowTile tile =
       p.tiles == nullptr ? RowTile{static_cast<int32_t>(blockIdx.z), 1} : p.tiles[blockIdx.z];
@@ -49,105 +52,104 @@ __global__ void __launch_bounds__(kThreads) ScoreKernel(ScoreParams p, float sca
   const uint4* index = reinterpret_cast<const uint4*>(
       p.cache.IndexSlot(last.sequence, p.layer * p.num_kv_heads + head, first_window));
   const int here = min(kIndexWindows, windows - first_window);
-  for (int i = threadIdx.x; i < here * kChunks; i += kThreads) {
-    CopyAsync16(SharedAddress(keys + Swizzled<kChunks>(i / kChunks, i % kChunks)), index + i);
+#pragma unroll
+  for (int j = 0; j < kIndexWindows * kChunks / kThreads; ++j) {
+    const int i = j * kThreads + threadIdx.x;
+    if (i < here * kChunks) {
+      CopyAsync16(SharedAddress(keys + Swizzled<kChunks>(i / kChunks, i % kChunks)), index + i);
+    }
   }
   CopyAsyncCommit();
 
-  Queries<dim> queries;
-  const int own_head = lane / 4;
+  // While the keys are on their way.
+  Queries<dim> queries[eights];
   const auto load_queries = [&](int row, int first_head) {
-    const int g = first_head + own_head;
-    queries.Load(
-        p.q + (static_cast<int64_t>(row) * p.num_heads + head * group + g) * dim + 2 * (lane % 4),
-        g < group);
+#pragma unroll
+    for (int e = 0; e < eights; ++e) {
+      const int g = first_head + 8 * e + lane / 4;
+      queries[e].Load(
+          p.q + (static_cast<int64_t>(row) * p.num_heads + head * group + g) * dim + 2 * (lane % 4),
+          g < group);
+    }
   };
   load_queries(tile.first_row, 0);
   CopyAsyncWait<0>();
   __syncthreads();
 
-  // This warp's 32 keys stay in registers, for all rows and heads.
-  uint32_t key_tiles[2][dim / 16][4];
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-#pragma unroll
-    for (int k = 0; k < dim / 16; ++k) {
-      const int row = warp * kWarpWindows + m * 16 + lane % 16;
-      LoadMatrix4(key_tiles[m][k], SharedAddress(keys + Swizzled<kChunks>(row, 2 * k + lane / 16)));
-    }
-  }
-
   for (int i = 0; i < tile.rows; ++i) {
     const int row = tile.first_row + i;
     const int position = p.rows_info[row].position;
     const int visible = VisibleWindows(position);
-    const bool scored = position / kBlockTokens + 1 > p.dense_blocks && first_window < visible;
-    for (int first_head = 0; first_head < padded; first_head += 8) {
-      float scores[2][4] = {};
+    if (position / kBlockTokens + 1 <= p.dense_blocks || first_window >= visible) continue;
+    float* out =
+        p.logits + (static_cast<int64_t>(row) * p.num_kv_heads + head) * p.max_windows * padded;
+    for (int first_head = 0; first_head < padded; first_head += 8 * eights) {
+      if (i > 0 || first_head > 0) load_queries(row, first_head);
+      float scores[2][eights][4] = {};
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
         for (int k = 0; k < dim / 16; ++k) {
-          MultiplyAdd(scores[m], key_tiles[m][k], queries.low[k], queries.high[k]);
-        }
-      }
-      if (first_head + 8 < padded) {
-        load_queries(row, first_head + 8);
-      } else if (i + 1 < tile.rows) {
-        load_queries(row + 1, 0);
-      }
-      if (!scored) continue;  // the same for the whole thread block
-
-      // Lane: windows lane / 4 and + 8 of both tiles, heads 2 * (lane % 4) and the next.
-      float2* out = reinterpret_cast<float2*>(
-          p.logits + (static_cast<int64_t>(row) * p.num_kv_heads + head) * p.max_windows * padded +
-          first_head + 2 * (lane % 4));
-      float2 most = {-INFINITY, -INFINITY};
+          uint32_t key_tile[4];
+          const int key = warp * kWarpWindows + m * 16 + lane % 16;
+          LoadMatrix4(key_tile, SharedAddress(keys + Swizzled<kChunks>(key, 2 * k + lane / 16)));
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int window = first_window + warp * kWarpWindows + m * 16 + half * 8 + lane / 4;
-          float& a = scores[m][2 * half];
-          float& b = scores[m][2 * half + 1];
-          a *= scale;
-          b *= scale;
-          if (window < visible) {
-            out[static_cast<int64_t>(window) * padded / 2] = {a, b};
-          } else {
-            a = b = -INFINITY;
+          for (int e = 0; e < eights; ++e) {
+            MultiplyAdd(scores[m][e], key_tile, queries[e].low[k], queries[e].high[k]);
           }
-          most.x = fmaxf(most.x, a);
-          most.y = fmaxf(most.y, b);
         }
       }
+      // Lane: windows lane / 4 and + 8 of both tiles, heads 2 * (lane % 4) and the next.
 #pragma unroll
-      for (int offset = 4; offset < 32; offset *= 2) {
-        most.x = fmaxf(most.x, __shfl_xor_sync(kAllLanes, most.x, offset));
-        most.y = fmaxf(most.y, __shfl_xor_sync(kAllLanes, most.y, offset));
-      }
-      float2 sum = {0, 0};
+      for (int e = 0; e < eights; ++e) {
+        float2 most = {-INFINITY, -INFINITY};
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
+        for (int m = 0; m < 2; ++m) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float a = scores[m][2 * half];
-          const float b = scores[m][2 * half + 1];
-          sum.x += a == -INFINITY ? 0.0f : __expf(a - most.x);
-          sum.y += b == -INFINITY ? 0.0f : __expf(b - most.y);
+          for (int half = 0; half < 2; ++half) {
+            const int window = first_window + warp * kWarpWindows + m * 16 + half * 8 + lane / 4;
+            float& a = scores[m][e][2 * half];
+            float& b = scores[m][e][2 * half + 1];
+            a *= scale;
+            b *= scale;
+            if (window < visible) {
+              *reinterpret_cast<float2*>(out + static_cast<int64_t>(window) * padded + first_head +
+                                         8 * e + 2 * (lane % 4)) = {a, b};
+            } else {
+              a = b = -INFINITY;
+            }
+            most.x = fmaxf(most.x, a);
+            most.y = fmaxf(most.y, b);
+          }
         }
-      }
 #pragma unroll
-      for (int offset = 4; offset < 32; offset *= 2) {
-        sum.x += __shfl_xor_sync(kAllLanes, sum.x, offset);
-        sum.y += __shfl_xor_sync(kAllLanes, sum.y, offset);
-      }
-      if (lane < 4) {
-        warp_partials[warp][2 * lane] = {most.x, sum.x};
-        warp_partials[warp][2 * lane + 1] = {most.y, sum.y};
+        for (int offset = 4; offset < 32; offset *= 2) {
+          most.x = fmaxf(most.x, __shfl_xor_sync(kAllLanes, most.x, offset));
+          most.y = fmaxf(most.y, __shfl_xor_sync(kAllLanes, most.y, offset));
+        }
+        float2 sum = {0, 0};
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float a = scores[m][e][2 * half];
+            const float b = scores[m][e][2 * half + 1];
+            sum.x += a == -INFINITY ? 0.0f : __expf(a - most.x);
+            sum.y += b == -INFINITY ? 0.0f : __expf(b - most.y);
+          }
+        }
+#pragma unroll
+        for (int offset = 4; offset < 32; offset *= 2) {
+          sum.x += __shfl_xor_sync(kAllLanes, sum.x, offset);
+          sum.y += __shfl_xor_sync(kAllLanes, sum.y, offset);
+        }
+        if (lane < 4) {
+          warp_partials[warp][8 * e + 2 * lane] = {most.x, sum.x};
+          warp_partials[warp][8 * e + 2 * lane + 1] = {most.y, sum.y};
+        }
       }
       __syncthreads();
-      if (threadIdx.x < 8) {
+      if (threadIdx.x < 8 * eights && first_head + static_cast<int>(threadIdx.x) < padded) {
         float best = -INFINITY;
         for (int w = 0; w < kWarps; ++w) best = fmaxf(best, warp_partials[w][threadIdx.x].x);
         float total = 0;
@@ -166,12 +168,18 @@ __global__ void __launch_bounds__(kThreads) ScoreKernel(ScoreParams p, float sca
   }
 }
 
-template <int dim>
+template <int dim, int eights>
 cudaError_t Launch(const ScoreParams& params, cudaStream_t stream) {
   const dim3 grid(ScoreTiles(params.max_windows), params.num_kv_heads, params.num_tiles);
   const size_t shared = sizeof(uint4) * kIndexWindows * dim / 8;
-  ScoreKernel<dim><<<grid, kThreads, shared, stream>>>(params, 1.0f / std::sqrt(float{dim}));
-  return cudaGetLastError();
+  return LaunchKernel(ScoreKernel<dim, eights>, grid, kThreads, shared, stream, params,
+                      1.0f / std::sqrt(float{dim}));
+}
+
+template <int dim>
+cudaError_t Launch(const ScoreParams& params, cudaStream_t stream) {
+  const int padded = PaddedGroup(params.num_heads / params.num_kv_heads);
+  return padded % 16 == 0 ? Launch<dim, 2>(params, stream) : Launch<dim, 1>(params, stream);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "kernels/common/device.cuh"
+#include "kernels/common/launch.cuh"
 #include "kernels/score/score.h"
 #include "kernels/select/select.h"
 
@@ -135,6 +136,7 @@ __device__ inline float SumHeads(const Shared& shared, const float4* from, int a
 /// without scores.
 template <int quads>
 __global__ void __launch_bounds__(kThreads) SelectKernel(SelectParams p) {
+  StartKernel();
   constexpr bool all_blocks = quads < 0;
   __shared__ Shared shared;
   extern __shared__ uint32_t keys[];      // [max_blocks]
@@ -275,6 +277,7 @@ __global__ void __launch_bounds__(kThreads) SelectKernel(SelectParams p) {
 }
 
 __global__ void ReplayKernel(ReplayParams p) {
+  StartKernel();
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * p.num_kv_heads + blockIdx.y;
   const StepRow info = p.rows_info[blockIdx.x];
   if (info.sequence < 0) return;
@@ -307,8 +310,8 @@ cudaError_t Launch(const SelectParams& params, cudaStream_t stream) {
   const cudaError_t status = cudaFuncSetAttribute(
       SelectKernel<quads>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (status != cudaSuccess) return status;
-  SelectKernel<quads><<<dim3(params.rows, params.num_kv_heads), kThreads, shared, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchKernel(SelectKernel<quads>, dim3(params.rows, params.num_kv_heads), kThreads, shared,
+                      stream, params);
 }
 
 bool Valid(const SelectParams& p) {
@@ -339,14 +342,13 @@ cudaError_t LaunchReplay(const ReplayParams& params, cudaStream_t stream) {
       params.numbers.topk_blocks > params.max_selected) {
     return cudaErrorInvalidValue;
   }
-  ReplayKernel<<<dim3(params.rows, params.num_kv_heads), 64, 0, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchKernel(ReplayKernel, dim3(params.rows, params.num_kv_heads), 64, 0, stream, params);
 }
 
 cudaError_t LaunchSelectAll(const SelectParams& params, cudaStream_t stream) {
   if (!Valid(params)) return cudaErrorInvalidValue;
-  SelectKernel<-1><<<dim3(params.rows, params.num_kv_heads), kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchKernel(SelectKernel<-1>, dim3(params.rows, params.num_kv_heads), kThreads, 0, stream,
+                      params);
 }
 
 }  // namespace nosara::kernels

@@ -1,4 +1,5 @@
 #include "kernels/common/device.cuh"
+#include "kernels/common/launch.cuh"
 #include "kernels/swiglu/swiglu.h"
 
 namespace nosara::kernels {
@@ -9,6 +10,7 @@ constexpr int kThreads = 256;
 __device__ inline float Gated(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
 
 __global__ void __launch_bounds__(kThreads) SwiGluKernel(SwiGluParams p) {
+  StartKernel();
   const int vectors = p.width / 4;
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= vectors) return;
@@ -28,8 +30,7 @@ cudaError_t LaunchSwiGlu(const SwiGluParams& params, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   }
   const dim3 grid((params.width / 4 + kThreads - 1) / kThreads, params.rows);
-  SwiGluKernel<<<grid, kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchKernel(SwiGluKernel, grid, kThreads, 0, stream, params);
 }
 
 }  // namespace nosara::kernels
