@@ -40,6 +40,15 @@ struct PageRef {
 enum class Path { kMapped, kInProcess, kUcx };
 const char* PathName(Path path);
 
+/// The arena of a store as it is mapped in this process, of one incarnation of that store. The
+/// mapping lives as long as this object, also when the store is gone.
+struct MappedArena {
+  /// Page `slot` begins at bytes[slot * layout.page_bytes()].
+  absl::Span<std::byte> bytes;
+  /// Keeps the mapping; null where somebody else does.
+  std::shared_ptr<void> mapping;
+};
+
 /// One record to fetch: `landing` receives layout.record_bytes() bytes. It belongs to the client
 /// from the call until the completion runs, whatever happens in between (cancel, timeout, death of
 /// the peer): the client never completes a read whose landing slot could still be written.
@@ -156,6 +165,12 @@ class StoreClient {
   /// Addresses of the stores that did not answer at the last try to connect. A store whose end was
   /// not noticed yet, or that was not tried yet, is not among them.
   virtual std::vector<std::string> UnreachableStores() const = 0;
+
+  /// The memory of a store that is mapped here, for readers that read pages by themselves (a GPU):
+  /// null where the store is on another machine or not connected. The same object until the store
+  /// restarts. Nothing verifies what is read this way: check that the page's header has the key
+  /// and the generation of its reference before, and that the leases are held after each read.
+  virtual std::shared_ptr<const MappedArena> Map(StoreId store) const { return nullptr; }
 
   virtual ClientStats stats() const = 0;
 

@@ -113,6 +113,9 @@ class GrpcStoreClient::Impl final {
     CHECK(store.value < stores_.size());
     return stores_[store.value]->path();
   }
+  std::shared_ptr<const MappedArena> Map(StoreId store) const {
+    return store.value < stores_.size() ? stores_[store.value]->arena() : nullptr;
+  }
   std::vector<std::string> UnreachableStores() const {
     std::vector<std::string> addresses;
     for (const auto& store : stores_) {
@@ -426,6 +429,9 @@ void GrpcStoreClient::ReadRecords(std::vector<RecordRead> reads, DoneStatus done
   impl_->ReadRecords(reads, std::move(done));
 }
 void GrpcStoreClient::Release(std::vector<LeaseId> leases) { impl_->Release(leases); }
+std::shared_ptr<const MappedArena> GrpcStoreClient::Map(StoreId store) const {
+  return impl_->Map(store);
+}
 absl::Status GrpcStoreClient::CheckLease(LeaseId lease) const { return impl_->CheckLease(lease); }
 Path GrpcStoreClient::PathTo(StoreId store) const { return impl_->PathTo(store); }
 std::vector<std::string> GrpcStoreClient::UnreachableStores() const {

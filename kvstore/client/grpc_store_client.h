@@ -80,6 +80,7 @@ class GrpcStoreClient final : public StoreClient {
   Path PathTo(StoreId store) const override;
   /// Stores that are not connected are tried every second.
   std::vector<std::string> UnreachableStores() const override;
+  std::shared_ptr<const MappedArena> Map(StoreId store) const override;
   ClientStats stats() const override;
   void Close() override;
 

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kvstore/transport/arena_file.h"
 
 namespace nosara::kvstore {
 
@@ -58,15 +59,47 @@ void StoreConnection::OnInfo(absl::StatusOr<v1::GetInfoResponse> info) {
   session.epoch = info->epoch();
   session.lease_ttl = absl::Milliseconds(info->lease_ttl_ms());
   if (options_.on_session) options_.on_session(session.epoch, session.lease_ttl);
-  options_.transfer_thread->Connect(options_.store, std::move(arena),
-                                    [this, session](absl::StatusOr<Path> path) mutable {
-                                      if (!path.ok()) {
-                                        Finish(path.status());
-                                        return;
-                                      }
-                                      session.path = *path;
-                                      Finish(session);
-                                    });
+  ArenaAddress copy = arena;
+  options_.transfer_thread->Connect(
+      options_.store, std::move(arena),
+      [this, session, arena = std::move(copy)](absl::StatusOr<Path> path) mutable {
+        if (!path.ok()) {
+          Finish(path.status());
+          return;
+        }
+        session.path = *path;
+        KeepArena(arena, session);
+        Finish(session);
+      });
+}
+
+void StoreConnection::KeepArena(const ArenaAddress& address, const Session& session) {
+  auto arena = std::make_shared<MappedArena>();
+  if (session.path == Path::kInProcess) {
+    arena->bytes = options_.in_process_arena;
+  } else if (session.path == Path::kMapped) {
+    {
+      absl::MutexLock lock(&mu_);
+      if (arena_ != nullptr && arena_epoch_ == session.epoch) return;
+    }
+    absl::StatusOr<FileMapping> mapping = MapArena(
+        address.arena_path, address.epoch, address.arena_bytes, FileMapping::Access::kReadWrite);
+    // Not an error: the data path works; only direct readers are without.
+    if (!mapping.ok()) return;
+    auto kept = std::make_shared<FileMapping>(*std::move(mapping));
+    arena->bytes = absl::MakeSpan(kept->data(), address.arena_bytes);
+    arena->mapping = std::move(kept);
+  } else {
+    arena = nullptr;
+  }
+  absl::MutexLock lock(&mu_);
+  arena_ = std::move(arena);
+  arena_epoch_ = session.epoch;
+}
+
+std::shared_ptr<const MappedArena> StoreConnection::arena() const {
+  absl::MutexLock lock(&mu_);
+  return arena_;
 }
 
 void StoreConnection::Finish(absl::StatusOr<Session> session) {

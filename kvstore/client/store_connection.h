@@ -60,6 +60,8 @@ class StoreConnection final {
   bool unreachable() const;
   /// Of the last session; kMapped before the first.
   Path path() const;
+  /// Of the current session; null unless its path is kMapped or kInProcess.
+  std::shared_ptr<const MappedArena> arena() const;
   ControlClient& control() { return control_; }
   const std::string& address() const { return options_.address; }
 
@@ -70,6 +72,7 @@ class StoreConnection final {
   Enlisted Enlist(Ready& ready);
   Session session() const;
   void OnInfo(absl::StatusOr<v1::GetInfoResponse> info);
+  void KeepArena(const ArenaAddress& address, const Session& session);
   void Finish(absl::StatusOr<Session> session);
 
   const Options options_;
@@ -79,6 +82,8 @@ class StoreConnection final {
   State state_ ABSL_GUARDED_BY(mu_) = State::kDisconnected;
   bool unreachable_ ABSL_GUARDED_BY(mu_) = false;
   Session session_ ABSL_GUARDED_BY(mu_);
+  std::shared_ptr<const MappedArena> arena_ ABSL_GUARDED_BY(mu_);
+  uint64_t arena_epoch_ ABSL_GUARDED_BY(mu_) = 0;
   std::vector<Ready> waiting_ ABSL_GUARDED_BY(mu_);
 };
 

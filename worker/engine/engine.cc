@@ -455,6 +455,17 @@ void Engine::AfterStep(Sequence& sequence, int64_t tokens, StepItemResult result
     Fail(sequence, result.status);
     return;
   }
+  if (result.counters.records_by_mapped > 0) {
+    // A device may have read mapped pages by itself: they were what they should be if the leases
+    // have held until now.
+    for (const kvstore::LeaseId lease : sequence.leases) {
+      const absl::Status held = store_->CheckLease(lease);
+      if (held.ok()) continue;
+      sequence.unstored.clear();
+      Fail(sequence, held);
+      return;
+    }
+  }
   sequence.position += tokens;
   for (FinishedBlock& block : result.finished) sequence.unstored.push_back(std::move(block));
   if (sequence.position <= sequence.prefill_tokens) {
