@@ -35,7 +35,6 @@ ABSL_FLAG(int32_t, steps, 64, "decode steps that are timed, after 16 that are no
 ABSL_FLAG(int32_t, layers, 32, "layers of the model; 32 is the 8B shape");
 ABSL_FLAG(double, arena_gib, 8,
           "host memory for pages, GiB; where the batch has more, sequences share pages");
-ABSL_FLAG(int32_t, gather_thread_blocks, 16, "thread blocks of the gather");
 ABSL_FLAG(bool, stages, true, "time each stage too");
 ABSL_FLAG(bool, tune, true, "time the algorithms of matrix products");
 ABSL_FLAG(std::string, json, "", "file for the figures, a list; empty: none");
@@ -177,7 +176,6 @@ class Bench {
                                                       : kernels::AttendBias::kCache;
     step.max_prefill_rows = 8;
     step.max_decode_rows = one.batch;
-    step.gather_thread_blocks = absl::GetFlag(FLAGS_gather_thread_blocks);
     step.tuning =
         absl::GetFlag(FLAGS_tune) ? CudaMatMul::Tuning::kTimed : CudaMatMul::Tuning::kHeuristic;
     const bool sparse = policy_ != AttentionPolicy::kFull && blocks_ > model.nosa.topk_blocks;
@@ -514,11 +512,10 @@ absl::Status Run(const std::string& command) {
     std::string stages_json;
     std::string stages_text;
     if (absl::GetFlag(FLAGS_stages)) {
-      // The gather first: it repeats the loads of the last step, which resolving adds to.
-      std::vector<Stage> order = {Stage::kGather,     Stage::kMatMul, Stage::kAttend, Stage::kMerge,
-                                  Stage::kScore,      Stage::kSelect, Stage::kAppend, Stage::kNorm,
-                                  Stage::kActivation, Stage::kOutput, Stage::kResolve};
-      if (one.missing == Missing::kNever) order.erase(order.begin());
+      // Resolving comes last: with the inputs of one layer it would load for the others.
+      const std::vector<Stage> order = {Stage::kMatMul, Stage::kAttend,     Stage::kScore,
+                                        Stage::kSelect, Stage::kAppend,     Stage::kNorm,
+                                        Stage::kOutput, Stage::kActivation, Stage::kResolve};
       for (const Stage stage : order) {
         ASSIGN_OR_RETURN(const double us,
                          bench.step().TimeStages(1u << static_cast<int>(stage), 5));
@@ -558,8 +555,10 @@ int main(int argc, char** argv) {
   return nosara::RunProgram(
       argc, argv,
       {"nosara-bench-decode",
-       "Decode speed of the 8B shape with random weights on one GPU. Selections follow a synthetic\n"
-       "trace of the given hit rate where records are offloaded; scoring and selection run all the\n"
+       "Decode speed of the 8B shape with random weights on one GPU. Selections follow a "
+       "synthetic\n"
+       "trace of the given hit rate where records are offloaded; scoring and selection run all "
+       "the\n"
        "same.\n"
        "  nosara-bench-decode --context=16384,65536 --batch=64,128 --slots=129,65 "
        "--hit_rate=0.989,0.944",

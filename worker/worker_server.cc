@@ -10,6 +10,7 @@
 #include <random>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/notification.h"
 #include "base/log.h"
 #include "base/status_macros.h"
 #include "worker/worker_service.h"
@@ -94,11 +95,20 @@ absl::Status WorkerServer::Start(WorkerServerOptions options) {
 
 absl::StatusOr<std::unique_ptr<Backend>> WorkerServer::MakeBackend() {
   using Device = WorkerServerOptions::Device;
-  const bool cuda = options_.device == Device::kCuda ||
-                    (options_.device == Device::kAuto &&
-                     checkpoint_->config().dtype == DType::kBf16 &&
-                     CudaUsable(options_.cuda_backend.device));
-  if (cuda) return MakeCudaBackend(checkpoint_, store_.get(), options_.cuda_backend);
+  const bool cuda =
+      options_.device == Device::kCuda ||
+      (options_.device == Device::kAuto && checkpoint_->config().dtype == DType::kBf16 &&
+       CudaUsable(options_.cuda_backend.device));
+  if (cuda) {
+    // So that the arenas on this machine are known to the GPU before the first request; stores that
+    // come later are met later.
+    absl::Notification connected;
+    store_->Connect([&connected](absl::Status) { connected.Notify(); });
+    connected.WaitForNotification();
+    CudaBackendOptions options = options_.cuda_backend;
+    options.num_stores = static_cast<int>(options_.stores.size());
+    return MakeCudaBackend(checkpoint_, store_.get(), options);
+  }
   return CpuBackend::Create(checkpoint_, store_.get(), options_.backend);
 }
 

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
 #include "base/check.h"
+#include "base/log.h"
 #include "base/status_macros.h"
 #include "kernels/pages/pages.h"
 
@@ -99,6 +100,9 @@ CudaBackend::CudaBackend(std::shared_ptr<const Checkpoint> checkpoint, kvstore::
 CudaBackend::~CudaBackend() {
   step_ = nullptr;
   cache_ = nullptr;
+  for (const auto& arena : arenas_) {
+    if (arena->device_address != nullptr) cudaHostUnregister(arena->memory->bytes.data());
+  }
   if (stream_ != nullptr) cudaStreamDestroy(stream_);
 }
 
@@ -163,6 +167,7 @@ absl::Status CudaBackend::Start() {
   pages_ = std::make_unique<PagePool>(layout_.page_bytes(), owner->span(), owner);
   ASSIGN_OR_RETURN(page_list_, PinnedArray<kernels::PageOfBlock>::Create(
                                    std::max<size_t>(pages, kPrefixesAtATime), "pages"));
+  for (int i = 0; i < options_.num_stores; ++i) ArenaOf({static_cast<uint32_t>(i)});
   ASSIGN_OR_RETURN(prefixes_, PinnedArray<std::byte>::Create(
                                   kPrefixesAtATime * layout_.prefix_bytes(), "index parts"));
   return absl::OkStatus();
@@ -176,6 +181,45 @@ std::string CudaBackend::Describe() const {
                       options_.slots_per_head == 0
                           ? std::string("blocks resident while they fit")
                           : absl::StrCat(options_.slots_per_head, " slots per layer and KV head"));
+}
+
+const CudaBackend::Arena* CudaBackend::ArenaOf(kvstore::StoreId store) {
+  const auto memory = store_ == nullptr ? nullptr : store_->Map(store);
+  if (memory == nullptr || memory->bytes.empty()) return nullptr;
+  for (const auto& known : arenas_) {
+    if (known->memory == memory) return known.get();
+  }
+  auto arena = std::make_unique<Arena>();
+  arena->memory = memory;
+  // Slow, some tenths of a second per GiB; once for each incarnation of a store.
+  void* address = nullptr;
+  cudaError_t error = cudaHostRegister(memory->bytes.data(), memory->bytes.size(),
+                                       cudaHostRegisterMapped | cudaHostRegisterPortable);
+  if (error == cudaSuccess) {
+    error = cudaHostGetDevicePointer(&address, memory->bytes.data(), 0);
+    arena->device_address = static_cast<std::byte*>(address);
+  }
+  if (error == cudaSuccess) {
+    LogInfo("arena of store {}: the GPU reads its {} MiB", store.value, memory->bytes.size() >> 20);
+  } else {
+    (void)cudaGetLastError();
+    LogWarning("arena of store {}: records are fetched by the CPU: {}", store.value,
+               cudaGetErrorString(error));
+  }
+  arenas_.push_back(std::move(arena));
+  return arenas_.back().get();
+}
+
+uint64_t CudaBackend::RecordsOf(const kvstore::PageRef& ref) {
+  const Arena* arena = ArenaOf(ref.store);
+  if (arena == nullptr || arena->device_address == nullptr) return kStoredElsewhere;
+  const uint64_t offset = ref.slot * layout_.page_bytes();
+  if (offset + layout_.page_bytes() > arena->memory->bytes.size()) return kStoredElsewhere;
+  // A reference of another incarnation of the store has nothing to do with this memory.
+  kvstore::PageHeader header;
+  std::memcpy(&header, arena->memory->bytes.data() + offset, sizeof(header));
+  if (header.key != ref.key || header.generation != ref.generation) return kStoredElsewhere;
+  return reinterpret_cast<uint64_t>(arena->device_address + offset + layout_.record_offset(0));
 }
 
 int CudaBackend::FloorFrames(const Sequence& sequence) const {
@@ -278,7 +322,9 @@ absl::Status CudaBackend::BindPages(SequenceId id, absl::Span<const BoundPage> p
     RETURN_IF_ERROR(CudaStatus(kernels::LaunchImportIndex(import, stream_), "index parts"));
     RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(stream_), "index parts"));
   }
-  const std::vector<uint64_t> stored(pages.size(), kStoredElsewhere);
+  std::vector<uint64_t> stored;
+  for (const BoundPage& page : pages) stored.push_back(RecordsOf(page.ref));
+  sequence.elsewhere = static_cast<int>(std::count(stored.begin(), stored.end(), kStoredElsewhere));
   RETURN_IF_ERROR(cache_->SetPages(sequence.row, 0, stored));
   sequence.tokens = static_cast<int64_t>(pages.size()) * kBlock;
   sequence.unreported_from = static_cast<int64_t>(pages.size());
@@ -297,7 +343,9 @@ void CudaBackend::CommitBlock(SequenceId id, int block, const kvstore::PageRef& 
   entry.ref = ref;
   entry.record_checksums.assign(record_checksums.begin(), record_checksums.end());
   --sequence.unstored;
-  const absl::Status status = cache_->SetPages(sequence.row, block, {kStoredElsewhere});
+  const uint64_t records = RecordsOf(ref);
+  sequence.elsewhere += records == kStoredElsewhere ? 1 : 0;
+  const absl::Status status = cache_->SetPages(sequence.row, block, {records});
   CHECK(status.ok());  // a broken device: nothing can go on
 }
 
@@ -394,12 +442,14 @@ void CudaBackend::RunPieces(absl::Span<const StepItem> items, absl::Span<const P
   std::vector<int32_t> logits_rows;  // of the launch
   std::vector<size_t> first_row(pieces.size());
   bool partial = false;
+  bool elsewhere = false;
   for (size_t p = 0; p < pieces.size(); ++p) {
     const Piece& piece = pieces[p];
     const StepItem& item = items[piece.item];
     const Sequence& sequence = At(item.sequence);
     first_row[p] = tokens.size();
     partial |= sequence.partial;
+    elsewhere |= sequence.partial && sequence.elsewhere > 0;
     for (int64_t i = piece.first; i < piece.first + piece.tokens; ++i) {
       tokens.push_back({sequence.row, static_cast<int32_t>(sequence.tokens + i), item.tokens[i]});
     }
@@ -412,7 +462,9 @@ void CudaBackend::RunPieces(absl::Span<const StepItem> items, absl::Span<const P
   const FetchFunction fetch = [&](absl::Span<const kernels::Load> loads, std::byte* landing) {
     return Fetch(loads, landing, items, results);
   };
-  const Missing missing = partial ? Missing::kFetched : Missing::kNever;
+  const Missing missing = !partial    ? Missing::kNever
+                          : elsewhere ? Missing::kFetched
+                                      : Missing::kMapped;
   const absl::StatusOr<StepOutput> output =
       decode ? step_->Decode(tokens, missing, fetch)
              : step_->Prefill(tokens, missing, fetch, logits_rows);
@@ -426,6 +478,9 @@ void CudaBackend::RunPieces(absl::Span<const StepItem> items, absl::Span<const P
     CacheCounters& counters = results[pieces[p].item].counters;
     counters.records_selected += totals.x;
     counters.records_resident += totals.x - totals.y;
+    if (missing == Missing::kMapped) {
+      counters.CountFetched(kvstore::Path::kMapped, totals.y, layout_.record_bytes());
+    }
   }
   const std::vector<int32_t> greedy(output->tokens.begin(), output->tokens.end());
   SampleTokens(items, sampled, greedy, results);

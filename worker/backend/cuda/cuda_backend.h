@@ -65,8 +65,15 @@ class CudaBackend final : public Backend {
     bool decoding = false;
     /// Whether some block may be without a slot.
     bool partial = false;
+    /// Stored blocks that the device cannot read by itself.
+    int elsewhere = 0;
     /// A bound block that the next step needs whole; -1: none.
     int load_first = -1;
+  };
+  /// An arena that the device reads.
+  struct Arena {
+    std::shared_ptr<const kvstore::MappedArena> memory;
+    std::byte* device_address = nullptr;  // null: the device cannot read it
   };
   /// Piece of a step item that goes into one launch.
   struct Piece {
@@ -79,6 +86,10 @@ class CudaBackend final : public Backend {
               const CudaBackendOptions& options, const kvstore::PageLayout& layout);
   absl::Status Start();
 
+  /// The arena of a store, made known to the device at first sight; null where there is none.
+  const Arena* ArenaOf(kvstore::StoreId store);
+  /// Where the records of a stored page lie for the device (kernels::CacheView::pages).
+  uint64_t RecordsOf(const kvstore::PageRef& ref);
   int FloorFrames(const Sequence& sequence) const;
   absl::Status MakeRoom(int frames);
   absl::Status BecomeDecoding(Sequence& sequence);
@@ -113,6 +124,8 @@ class CudaBackend final : public Backend {
   PinnedArray<kernels::PageOfBlock> page_list_;
   PinnedArray<std::byte> prefixes_;
 
+  /// All incarnations: tables of the device may point into old ones.
+  std::vector<std::unique_ptr<Arena>> arenas_;
   absl::flat_hash_map<SequenceId, std::unique_ptr<Sequence>> sequences_;
 };
 

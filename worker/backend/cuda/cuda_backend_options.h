@@ -29,6 +29,9 @@ struct CudaBackendOptions {
   /// Device memory for the KV cache, bytes; 0: nine tenths of what is free when the weights are
   /// there.
   int64_t cache_bytes = 0;
+  /// Stores whose arenas are mapped into the device at start, where they lie in this machine's
+  /// memory: the first so many of the store client. Others are mapped when they are first met.
+  int num_stores = 0;
   /// Threads that sample where greedy choice on the device is not what was asked for.
   int threads = 2;
 

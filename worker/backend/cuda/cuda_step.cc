@@ -67,12 +67,8 @@ const char* StageName(Stage stage) {
       return "select";
     case Stage::kResolve:
       return "resolve";
-    case Stage::kGather:
-      return "gather";
     case Stage::kAttend:
       return "attend";
-    case Stage::kMerge:
-      return "merge";
     case Stage::kActivation:
       return "activation";
     case Stage::kOutput:
@@ -99,9 +95,6 @@ CudaStep::CudaStep(const CudaWeights* weights, DeviceCache* cache, const CudaSte
 CudaStep::~CudaStep() {
   cudaStreamSynchronize(stream_);
   for (auto& [key, graph] : graphs_) cudaGraphExecDestroy(graph);
-  if (fork_ != nullptr) cudaEventDestroy(fork_);
-  if (join_ != nullptr) cudaEventDestroy(join_);
-  if (gather_stream_ != nullptr) cudaStreamDestroy(gather_stream_);
 }
 
 absl::StatusOr<std::unique_ptr<CudaStep>> CudaStep::Create(const CudaWeights* weights,
@@ -131,10 +124,6 @@ absl::StatusOr<std::unique_ptr<CudaStep>> CudaStep::Create(const CudaWeights* we
 }
 
 absl::Status CudaStep::Allocate() {
-  RETURN_IF_ERROR(
-      CudaStatus(cudaStreamCreateWithFlags(&gather_stream_, cudaStreamNonBlocking), "stream"));
-  RETURN_IF_ERROR(CudaStatus(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming), "event"));
-  RETURN_IF_ERROR(CudaStatus(cudaEventCreateWithFlags(&join_, cudaEventDisableTiming), "event"));
   ASSIGN_OR_RETURN(matmul_, CudaMatMul::Create());
   int device_number = 0;
   RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device_number), "device"));
@@ -204,9 +193,11 @@ absl::Status CudaStep::Allocate() {
   }
   size_t partials = 0;
   for (size_t bucket = 1; bucket <= decode_rows; bucket = RowBucket(static_cast<int>(bucket) + 1)) {
-    partials = std::max(partials, bucket * (Splits(static_cast<int>(bucket)) + kLoadedSplits));
+    partials = std::max(partials, bucket * Splits(static_cast<int>(bucket)));
   }
   RETURN_IF_ERROR(device(partial_o_, partials * q_width, "partial attention"));
+  RETURN_IF_ERROR(
+      device(attend_finished_, decode_pairs * ((group_ + 15) / 16), "partial attention"));
   RETURN_IF_ERROR(device(partial_mz_, partials * model_.num_heads, "partial attention"));
 
   std::vector<double> inverse(half);
@@ -313,7 +304,7 @@ absl::Status CudaStep::LaunchDecode(const Shape& shape, uint32_t stages,
   RETURN_IF_ERROR(Begin(shape.rows, stages));
   const int score_rows = Full() ? shape.rows : ScoreRows(shape.blocks);
   for (int layer = 0; layer < model_.num_layers; ++layer) {
-    RETURN_IF_ERROR(BeginLayer(layer, shape.rows, stages));
+    RETURN_IF_ERROR(BeginLayer(layer, shape.rows, kernels::AppendWindows::kUpdate, stages));
     for (int first = 0; first < shape.rows; first += score_rows) {
       const int rows = std::min(score_rows, shape.rows - first);
       RETURN_IF_ERROR(Select(layer, {first, rows, 0, rows}, nullptr, shape.blocks, stages));
@@ -436,7 +427,7 @@ absl::StatusOr<StepOutput> CudaStep::Prefill(absl::Span<const StepToken> tokens,
 
   RETURN_IF_ERROR(Begin(rows, kAllStages));
   for (int layer = 0; layer < model_.num_layers; ++layer) {
-    RETURN_IF_ERROR(BeginLayer(layer, rows, kAllStages));
+    RETURN_IF_ERROR(BeginLayer(layer, rows, kernels::AppendWindows::kLeave, kAllStages));
     for (const ScoreBatch& batch : batches) {
       RETURN_IF_ERROR(Select(layer, batch,
                              In<RowTile>(ScoreTilesOffset(max_rows_), true) + batch.first_tile,

@@ -13,6 +13,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "kernels/append/append.h"
 #include "kernels/attend/attend.h"
 #include "kernels/resolve/resolve.h"
 #include "kernels/select/select.h"
@@ -32,20 +33,18 @@ enum class Stage {
   kScore,
   kSelect,
   kResolve,
-  kGather,
   kAttend,
-  kMerge,
   kActivation,
   kOutput,
 };
-inline constexpr int kNumStages = 12;
+inline constexpr int kNumStages = 10;
 inline constexpr uint32_t kAllStages = (1u << kNumStages) - 1;
 const char* StageName(Stage stage);
 
 /// Where the records come from that a step selects and that have no slot.
 enum class Missing {
-  kNever,    // every block of every sequence is resident: no gather, no second part
-  kMapped,   // CacheView::pages are addresses that the device can read
+  kNever,    // every block of every sequence is resident
+  kMapped,   // CacheView::pages are addresses that the device can read: attention fetches them
   kFetched,  // by a call of FetchFunction for each layer; not as a graph
 };
 
@@ -61,7 +60,7 @@ struct CudaStepOptions {
   int max_decode_rows = 64;
   /// Device memory for the scores of one launch; more rows are scored in several.
   int64_t score_bytes = int64_t{256} << 20;
-  /// SMs for the gather; see kernels/gather.
+  /// Thread blocks of a gather in prefill, or from the landing ring; see kernels/gather.
   int gather_thread_blocks = 16;
   /// Records of the landing ring of Missing::kFetched.
   int landing_records = 256;
@@ -145,14 +144,14 @@ class CudaStep final {
 
   // The parts of a step, in order.
   absl::Status Begin(int rows, uint32_t stages);
-  absl::Status BeginLayer(int layer, int rows, uint32_t stages);
+  absl::Status BeginLayer(int layer, int rows, kernels::AppendWindows update, uint32_t stages);
   absl::Status Select(int layer, const ScoreBatch& batch, const kernels::RowTile* tiles, int blocks,
                       uint32_t stages);
   absl::Status AttendDecode(int layer, const Shape& shape, uint32_t stages,
                             const FetchFunction& fetch);
   absl::Status AttendPrefill(int layer, int rows, int tiles, int blocks, Missing missing,
                              const FetchFunction& fetch);
-  absl::Status Gather(int layer, cudaStream_t stream);
+  absl::Status Gather(int layer);
   absl::Status FetchLoads(int layer, const FetchFunction& fetch);
   absl::Status FetchListed(int count, const FetchFunction& fetch);
   absl::Status EndLayer(int layer, int rows, uint32_t stages);
@@ -179,9 +178,6 @@ class CudaStep final {
   const int max_selected_;  // row length of selections
   const int group_;         // G
 
-  cudaStream_t gather_stream_ = nullptr;
-  cudaEvent_t fork_ = nullptr;
-  cudaEvent_t join_ = nullptr;
   std::unique_ptr<CudaMatMul> matmul_;
   int multiprocessors_ = 1;
 
@@ -199,6 +195,7 @@ class CudaStep final {
   DeviceArray<float2> score_partials_;
   DeviceArray<int32_t> selected_, selected_count_, attend_slots_, attend_blocks_, num_loads_;
   DeviceArray<int2> ranges_;
+  DeviceArray<int32_t> attend_finished_;
   DeviceArray<kernels::Load> loads_;
   DeviceArray<float> partial_o_;
   DeviceArray<float2> partial_mz_;

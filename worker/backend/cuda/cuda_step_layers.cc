@@ -55,7 +55,8 @@ absl::Status CudaStep::Begin(int rows, uint32_t stages) {
   return absl::OkStatus();
 }
 
-absl::Status CudaStep::BeginLayer(int index, int rows, uint32_t stages) {
+absl::Status CudaStep::BeginLayer(int index, int rows, kernels::AppendWindows update,
+                                  uint32_t stages) {
   const CudaWeights::Layer& layer = weights_->layers[index];
   const int hidden = model_.hidden_size;
   const int qkv_width = (model_.num_heads + 2 * model_.num_kv_heads) * model_.head_dim;
@@ -87,7 +88,9 @@ absl::Status CudaStep::BeginLayer(int index, int rows, uint32_t stages) {
   append.num_heads = model_.num_heads;
   append.num_kv_heads = model_.num_kv_heads;
   append.layer = index;
+  append.windows = update;
   NOSARA_STAGE(Stage::kAppend, "append", kernels::LaunchAppend(append, stream_));
+  if (update == kernels::AppendWindows::kUpdate) return absl::OkStatus();
   kernels::WindowsParams windows;
   windows.rows_info = append.rows_info;
   windows.cache = append.cache;
@@ -161,13 +164,13 @@ absl::Status CudaStep::Select(int layer, const ScoreBatch& batch, const RowTile*
   return absl::OkStatus();
 }
 
-absl::Status CudaStep::Gather(int layer, cudaStream_t stream) {
+absl::Status CudaStep::Gather(int layer) {
   kernels::GatherParams gather;
   gather.loads = loads_.data();
   gather.num_loads = num_loads_.data() + layer;
   gather.cache = cache_->view();
   gather.thread_blocks = options_.gather_thread_blocks;
-  return CudaStatus(kernels::LaunchGather(gather, stream), "gather");
+  return CudaStatus(kernels::LaunchGather(gather, stream_), "gather");
 }
 
 absl::Status CudaStep::AttendDecode(int layer, const Shape& shape, uint32_t stages,
@@ -191,8 +194,7 @@ absl::Status CudaStep::AttendDecode(int layer, const Shape& shape, uint32_t stag
   resolve.max_selected = max_selected_;
   NOSARA_STAGE(Stage::kResolve, "resolve", kernels::LaunchResolve(resolve, stream_));
 
-  const int resident_splits = Splits(shape.rows);
-  const bool loads = shape.missing != Missing::kNever;
+  if (shape.missing == Missing::kFetched) RETURN_IF_ERROR(FetchLoads(layer, fetch));
   kernels::AttendParams attend;
   attend.q = q_.data();
   attend.rows_info = resolve.rows_info;
@@ -202,45 +204,18 @@ absl::Status CudaStep::AttendDecode(int layer, const Shape& shape, uint32_t stag
   attend.cache = resolve.cache;
   attend.partial_o = partial_o_.data();
   attend.partial_mz = partial_mz_.data();
+  attend.finished = attend_finished_.data();
+  attend.out = attended_.data();
   attend.rows = shape.rows;
   attend.num_heads = model_.num_heads;
   attend.num_kv_heads = model_.num_kv_heads;
+  attend.layer = layer;
   attend.max_selected = max_selected_;
-  attend.first_split = 0;
-  attend.num_splits = resident_splits;
-  attend.total_splits = resident_splits + (loads ? kLoadedSplits : 0);
-  attend.part = kernels::AttendPart::kResident;
+  attend.num_splits = Splits(shape.rows);
+  attend.missing = shape.missing == Missing::kMapped ? kernels::AttendMissing::kInPages
+                                                     : kernels::AttendMissing::kInSlots;
   attend.bias = options_.bias;
-
-  const bool gathers =
-      shape.missing == Missing::kMapped && (stages >> static_cast<int>(Stage::kGather) & 1u) != 0;
-  if (gathers) {
-    // The gather runs beside the attention over what is here.
-    RETURN_IF_ERROR(CudaStatus(cudaEventRecord(fork_, stream_), "fork"));
-    RETURN_IF_ERROR(CudaStatus(cudaStreamWaitEvent(gather_stream_, fork_, 0), "fork"));
-    RETURN_IF_ERROR(Gather(layer, gather_stream_));
-    RETURN_IF_ERROR(CudaStatus(cudaEventRecord(join_, gather_stream_), "join"));
-  }
   NOSARA_STAGE(Stage::kAttend, "attention", kernels::LaunchAttend(attend, stream_));
-  if (gathers) RETURN_IF_ERROR(CudaStatus(cudaStreamWaitEvent(stream_, join_, 0), "join"));
-  if (shape.missing == Missing::kFetched) RETURN_IF_ERROR(FetchLoads(layer, fetch));
-  if (loads) {
-    attend.first_split = resident_splits;
-    attend.num_splits = kLoadedSplits;
-    attend.part = kernels::AttendPart::kLoaded;
-    NOSARA_STAGE(Stage::kAttend, "attention", kernels::LaunchAttend(attend, stream_));
-  }
-  kernels::MergeParams merge;
-  merge.partial_o = partial_o_.data();
-  merge.partial_mz = partial_mz_.data();
-  merge.rows_info = resolve.rows_info;
-  merge.out = attended_.data();
-  merge.rows = shape.rows;
-  merge.num_heads = model_.num_heads;
-  merge.num_kv_heads = model_.num_kv_heads;
-  merge.head_dim = model_.head_dim;
-  merge.total_splits = attend.total_splits;
-  NOSARA_STAGE(Stage::kMerge, "merge", kernels::LaunchMerge(merge, stream_));
   return absl::OkStatus();
 }
 
@@ -262,7 +237,7 @@ absl::Status CudaStep::AttendPrefill(int layer, int rows, int tiles, int blocks,
   resolve.max_selected = max_selected_;
   resolve.max_blocks = blocks;
   RETURN_IF_ERROR(CudaStatus(kernels::LaunchResolveChunks(resolve, stream_), "resolve"));
-  if (missing == Missing::kMapped) RETURN_IF_ERROR(Gather(layer, stream_));
+  if (missing == Missing::kMapped) RETURN_IF_ERROR(Gather(layer));
   if (missing == Missing::kFetched) RETURN_IF_ERROR(FetchLoads(layer, fetch));
 
   kernels::PrefillParams prefill;

@@ -30,7 +30,4 @@ inline int WindowsFor(int blocks) {
          kernels::kIndexWindows;
 }
 
-/// The part of the records that were loaded is small: few splits, merged with the others.
-inline constexpr int kLoadedSplits = 2;
-
 }  // namespace nosara::worker::step_layout
