@@ -31,6 +31,9 @@ ABSL_FLAG(std::string, policy, "nosa", "nosa, infllmv2 or full");
 ABSL_FLAG(std::vector<std::string>, residency, {"offload"},
           "resident: every block on the GPU, nothing can be missing; offload: missing records are "
           "gathered from pinned host memory");
+ABSL_FLAG(std::vector<std::string>, prefill, {},
+          "instead of decode: prefill of prompts of so many tokens, one at a time");
+ABSL_FLAG(int32_t, prefill_rows, 2048, "tokens of one prefill step");
 ABSL_FLAG(int32_t, steps, 64, "decode steps that are timed, after 16 that are not");
 ABSL_FLAG(int32_t, layers, 32, "layers of the model; 32 is the 8B shape");
 ABSL_FLAG(double, arena_gib, 8,
@@ -379,6 +382,100 @@ absl::Status Check(const PinnedArray<std::byte>& arena, AttentionPolicy policy,
   return absl::OkStatus();
 }
 
+/// bf16 multiply-adds, in operations a second, of a product as large as those of a prefill step.
+absl::StatusOr<double> MeasureMatrixRate(cudaStream_t stream) {
+  constexpr int kSize = 8192;
+  ASSIGN_OR_RETURN(const auto matmul, CudaMatMul::Create());
+  const std::vector<Bf16> pattern = Pattern(size_t{kSize} * kSize, 21);
+  ASSIGN_OR_RETURN(const auto x, DeviceArray<__nv_bfloat16>::Create(pattern.size(), "limits"));
+  ASSIGN_OR_RETURN(const auto y, DeviceArray<float>::Create(pattern.size(), "limits"));
+  RETURN_IF_ERROR(CudaStatus(
+      cudaMemcpy(x.data(), pattern.data(), pattern.size() * sizeof(Bf16), cudaMemcpyHostToDevice),
+      "limits"));
+  RETURN_IF_ERROR(matmul->Prepare(kSize, kSize, kSize, false, CudaMatMul::Tuning::kTimed, stream));
+  absl::Status status;
+  ASSIGN_OR_RETURN(const double seconds, Seconds(stream, [&] {
+                     for (int i = 0; i < 4; ++i) {
+                       status.Update(matmul->Run(x.data(), x.data(), nullptr, y.data(), kSize,
+                                                 kSize, kSize, stream));
+                     }
+                     return cudaSuccess;
+                   }));
+  RETURN_IF_ERROR(status);
+  return 4 * 2.0 * kSize * kSize * kSize / seconds;
+}
+
+/// Prefill of single prompts of random tokens, everything resident.
+absl::Status RunPrefill(const CudaWeights& weights, AttentionPolicy policy,
+                        const std::string& policy_name, const char* device, cudaStream_t stream,
+                        const std::string& command, std::vector<std::string>& results) {
+  ASSIGN_OR_RETURN(const double matrix_rate, MeasureMatrixRate(stream));
+  std::printf("matrix products of bf16: %.0f TFLOP/s\n", matrix_rate / 1e12);
+  std::printf("%8s %6s | %10s %9s | %14s\n", "prompt", "rows", "tokens/s", "seconds",
+              "of matrix rate");
+  const ModelConfig& model = weights.config;
+  const int rows = absl::GetFlag(FLAGS_prefill_rows);
+  if (rows < 1 || rows > 65536) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("prefill_rows = ", rows, ": must be 1 to 65536"));
+  }
+  for (const std::string& text : absl::GetFlag(FLAGS_prefill)) {
+    int tokens = 0;
+    if (!absl::SimpleAtoi(text, &tokens) || tokens < 1 || tokens > (1 << 20)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("prefill = '", text, "': must be 1 to ", 1 << 20));
+    }
+    DeviceCacheOptions options;
+    options.layers = model.num_layers;
+    options.kv_heads = model.num_kv_heads;
+    options.head_dim = model.head_dim;
+    options.max_sequences = 1;
+    options.max_blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
+    const int index_frames = DeviceCache::IndexFramesFor(tokens);
+    options.frames = options.max_blocks + index_frames;
+    ASSIGN_OR_RETURN(const auto cache, DeviceCache::Create(options, stream));
+    CudaStepOptions step_options;
+    step_options.policy = policy;
+    step_options.bias = policy == AttentionPolicy::kInfLlmV2 ? kernels::AttendBias::kNone
+                                                             : kernels::AttendBias::kCache;
+    step_options.max_prefill_rows = rows;
+    step_options.max_decode_rows = 1;
+    ASSIGN_OR_RETURN(const auto step,
+                     CudaStep::Create(&weights, cache.get(), step_options, stream));
+    std::mt19937 random(13);
+    double seconds = 0;
+    // The first round finds the algorithms of the products.
+    for (int round = 0; round < 2; ++round) {
+      ASSIGN_OR_RETURN(const int sequence, cache->AddSequence(options.max_blocks, index_frames));
+      const auto start = std::chrono::steady_clock::now();
+      for (int first = 0; first < tokens; first += rows) {
+        std::vector<StepToken> chunk;
+        for (int i = first; i < std::min(tokens, first + rows); ++i) {
+          chunk.push_back({sequence, i, static_cast<int32_t>(random() % model.vocab_size)});
+        }
+        const int32_t last = static_cast<int32_t>(chunk.size()) - 1;
+        RETURN_IF_ERROR(step->Prefill(chunk, Missing::kNever, nullptr, {last}).status());
+      }
+      seconds = SecondsSince(start);
+      cache->RemoveSequence(sequence);
+    }
+    // Every weight of the layers once for each token; the output matrix only at the end of a chunk.
+    const double layer_weights =
+        weights.matrix_bytes() / 2.0 - double{1} * model.vocab_size * model.hidden_size;
+    const double share = 2 * layer_weights * tokens / matrix_rate / seconds;
+    std::printf("%8d %6d | %10.0f %9.3f | %13.1f%%\n", tokens, rows, tokens / seconds, seconds,
+                100 * share);
+    std::fflush(stdout);
+    results.push_back(absl::StrFormat(
+        "{\"prefill_tokens\": %d, \"rows\": %d, \"policy\": \"%s\", \"tokens_per_s\": %.0f, "
+        "\"seconds\": %.4f, \"fraction_of_matrix_rate\": %.4f, \"matrix_tflop_per_s\": %.0f, "
+        "\"layers\": %d, \"gpu\": \"%s\", \"commit\": \"%s\", \"command\": \"%s\"}",
+        tokens, rows, policy_name, tokens / seconds, seconds, share, matrix_rate / 1e12,
+        model.num_layers, device, absl::GetFlag(FLAGS_commit), command));
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<std::vector<Case>> Cases() {
   std::vector<Case> cases;
   const auto number = [](const char* flag, const std::string& text, double low,
@@ -471,6 +568,11 @@ absl::Status Run(const std::string& command) {
     return absl::UnavailableError(
         absl::StrCat("json: cannot write '", absl::GetFlag(FLAGS_json), "'"));
   };
+  if (!absl::GetFlag(FLAGS_prefill).empty()) {
+    RETURN_IF_ERROR(
+        RunPrefill(*weights, policy, policy_name, device.name, stream, command, results));
+    return write();
+  }
   std::printf("%8s %6s %6s %6s %9s | %10s %10s %6s | %9s | stages, ms\n", "context", "batch",
               "slots", "hits", "residency", "tokens/s", "bound", "of it", "step ms");
   for (const Case& one : cases) {

@@ -5,7 +5,7 @@
 namespace nosara::kernels {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr uint64_t kNoVictim = ~uint64_t{0};
 
@@ -154,29 +154,43 @@ __global__ void __launch_bounds__(kThreads) ResolveChunksKernel(ResolveParams p)
   const int words = (p.max_blocks + 31) / 32;
   for (int i = threadIdx.x; i < words; i += kThreads) needed[i] = 0;
   __syncthreads();
-  int end_row = first_row;
-  for (; end_row < p.rows && p.rows_info[end_row].sequence == sequence; ++end_row) {
-    const int64_t pair = static_cast<int64_t>(end_row) * p.num_kv_heads + blockIdx.y;
-    const int count = p.count[pair];
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      const int block = p.selected[pair * p.max_selected + i];
-      atomicOr(needed + block / 32, 1u << (block % 32));
+  __shared__ int end;
+  if (threadIdx.x == 0) end = p.rows;
+  __syncthreads();
+  for (int i = first_row + threadIdx.x; i < p.rows; i += kThreads) {
+    if (p.rows_info[i].sequence != sequence) {
+      atomicMin(&end, i);
+      break;
     }
   }
   __syncthreads();
-  // All that is here is marked before anything can be given up.
-  for (int n = threadIdx.x; n < p.max_blocks; n += kThreads) {
-    if ((needed[n / 32] >> (n % 32) & 1u) == 0) continue;
-    if (row.slot_of[n] >= 0) row.stamp[row.slot_of[n]] = step - 1;
+  const int end_row = end;
+  const int64_t entries = static_cast<int64_t>(end_row - first_row) * p.max_selected;
+#pragma unroll 8
+  for (int64_t i = threadIdx.x; i < entries; i += kThreads) {
+    const int64_t pair = (first_row + i / p.max_selected) * p.num_kv_heads + blockIdx.y;
+    if (i % p.max_selected >= p.count[pair]) continue;
+    const int block = p.selected[pair * p.max_selected + i % p.max_selected];
+    atomicOr(needed + block / 32, 1u << (block % 32));
   }
   __syncthreads();
-  int selected = 0;
+  // All that is here is marked before anything can be given up; what is left in the set is missing.
+  __shared__ int selected;
+  if (threadIdx.x == 0) selected = 0;
+  __syncthreads();
+  for (int n = threadIdx.x; n < p.max_blocks; n += kThreads) {
+    if ((needed[n / 32] >> (n % 32) & 1u) == 0) continue;
+    atomicAdd(&selected, 1);
+    const int local = row.slot_of[n];
+    if (local < 0) continue;
+    row.stamp[local] = step - 1;
+    atomicAnd(needed + n / 32, ~(1u << (n % 32)));
+  }
+  __syncthreads();
   int loaded = 0;
   for (int word = 0; word < words; ++word) {
     for (uint32_t bits = needed[word]; bits != 0; bits &= bits - 1) {
       const int block = word * 32 + __ffs(static_cast<int>(bits)) - 1;
-      ++selected;
-      if (row.slot_of[block] >= 0) continue;
       const int local = TakeSlot(row, block, step - 1, scratch);
       if (threadIdx.x == 0) {
         if (local < 0) {

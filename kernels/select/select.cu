@@ -24,10 +24,11 @@ __device__ inline uint32_t OrderedKey(float score) {
 }
 
 struct Shared {
-  float window_scores[kChunkWindows + 1];  // [0]: of the window before the chunk
-  float most[kMaxGroup];                   // M_g
-  float inverse_sum[kMaxGroup];            // 1 / Z_g; 0 for padding heads
+  // Aligned, so that no vector load of them reaches into what others write.
+  alignas(16) float most[kMaxGroup];         // M_g
+  alignas(16) float inverse_sum[kMaxGroup];  // 1 / Z_g; 0 for padding heads
   uint2 counts[2][kWarps];
+  float window_scores[kChunkWindows + 1];  // [0]: of the window before the chunk
 };
 
 /// Sums of three counts over the thread block, each below 65,536. `round` alternates between two
@@ -139,8 +140,9 @@ __global__ void __launch_bounds__(kThreads) SelectKernel(SelectParams p) {
   StartKernel();
   constexpr bool all_blocks = quads < 0;
   __shared__ Shared shared;
-  extern __shared__ uint32_t keys[];      // [max_blocks]
-  uint32_t* taken = keys + p.max_blocks;  // bit set of blocks
+  extern __shared__ uint32_t keys[];  // [max_blocks]
+  uint32_t* importance = keys + p.max_blocks;
+  uint32_t* taken = importance + p.max_blocks;  // bit set of blocks
   const int row = blockIdx.x;
   const int head = blockIdx.y;
   const int64_t pair = static_cast<int64_t>(row) * p.num_kv_heads + head;
@@ -159,26 +161,59 @@ __global__ void __launch_bounds__(kThreads) SelectKernel(SelectParams p) {
     return;
   }
 
-  // M_g and Z_g from the partial results of the tiles of windows: one warp a head.
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int group = p.num_heads / p.num_kv_heads;
   const int padded = PaddedGroup(group);
   const int visible = VisibleWindows(info.position);
+
+  // Importance first: it needs nothing but memory.
+  const int total = p.numbers.topk_blocks;  // fewer than the blocks there are
+  const int by_query = min(p.numbers.query_blocks, total);
+  if (by_query < total) {
+    const int record = p.layer * p.num_kv_heads + head;
+    // Scores of windows from `window` on, within one index slot.
+    const auto scores = [&](int window) {
+      const std::byte* slot = p.cache.IndexSlot(info.sequence, record, window);
+      return reinterpret_cast<const float*>(slot + int64_t{2} * kIndexWindows * p.cache.head_dim) +
+             window % kIndexWindows;
+    };
+    for (int n = threadIdx.x; n < blocks; n += kThreads) {
+      float best = -INFINITY;
+      if (n > 0 && 4 * n - 1 < visible) best = *scores(4 * n - 1);
+      if (4 * n < visible) {
+        // Four windows lie in one slot; what is not visible yet is memory all the same.
+        const float4 own = *reinterpret_cast<const float4*>(scores(4 * n));
+        best = fmaxf(best, own.x);
+        if (4 * n + 1 < visible) best = fmaxf(best, own.y);
+        if (4 * n + 2 < visible) best = fmaxf(best, own.z);
+        if (4 * n + 3 < visible) best = fmaxf(best, own.w);
+      }
+      importance[n] = OrderedKey(best);
+    }
+  }
+
+  // M_g and Z_g from the partial results of the tiles of windows.
   const float2* partials = p.partials + pair * ScoreTiles(p.max_windows) * padded;
-  for (int g = warp; g < padded; g += kWarps) {
+  // Half a warp a head.
+  for (int g = warp + lane / 16 * kWarps; g < padded; g += 2 * kWarps) {
+    const unsigned half = 0xffffu << (lane / 16 * 16);
     float most = -INFINITY;
-    for (int i = lane; i < ScoreTiles(visible); i += 32) {
+    for (int i = lane % 16; i < ScoreTiles(visible); i += 16) {
       most = fmaxf(most, partials[i * padded + g].x);
     }
-    most = WarpMax(most);
+#pragma unroll
+    for (int offset = 8; offset > 0; offset /= 2) {
+      most = fmaxf(most, __shfl_xor_sync(half, most, offset));
+    }
     float sum = 0;
-    for (int i = lane; i < ScoreTiles(visible); i += 32) {
+    for (int i = lane % 16; i < ScoreTiles(visible); i += 16) {
       const float2 part = partials[i * padded + g];
       sum += part.y * __expf(part.x - most);
     }
-    sum = WarpSum(sum);
-    if (lane == 0) {
+#pragma unroll
+    for (int offset = 8; offset > 0; offset /= 2) sum += __shfl_xor_sync(half, sum, offset);
+    if (lane % 16 == 0) {
       shared.most[g] = most;
       shared.inverse_sum[g] = g < group ? 1.0f / sum : 0.0f;
     }
@@ -216,34 +251,10 @@ __global__ void __launch_bounds__(kThreads) SelectKernel(SelectParams p) {
     }
     __syncthreads();
   }
-  const int total = p.numbers.topk_blocks;  // fewer than the blocks there are
-  const int by_query = min(p.numbers.query_blocks, total);
   TakeBest(shared, keys, blocks, by_query, taken);
-
   if (by_query < total) {
-    const int record = p.layer * p.num_kv_heads + head;
-    // Scores of windows from `window` on, within one index slot.
-    const auto scores = [&](int window) {
-      const std::byte* slot = p.cache.IndexSlot(info.sequence, record, window);
-      return reinterpret_cast<const float*>(slot + int64_t{2} * kIndexWindows * p.cache.head_dim) +
-             window % kIndexWindows;
-    };
     for (int n = threadIdx.x; n < blocks; n += kThreads) {
-      uint32_t key = kExcluded;
-      if ((taken[n / 32] >> (n % 32) & 1u) == 0) {
-        float best = -INFINITY;
-        if (n > 0 && 4 * n - 1 < visible) best = *scores(4 * n - 1);
-        if (4 * n < visible) {
-          // Four windows lie in one slot; what is not visible yet is memory all the same.
-          const float4 own = *reinterpret_cast<const float4*>(scores(4 * n));
-          best = fmaxf(best, own.x);
-          if (4 * n + 1 < visible) best = fmaxf(best, own.y);
-          if (4 * n + 2 < visible) best = fmaxf(best, own.z);
-          if (4 * n + 3 < visible) best = fmaxf(best, own.w);
-        }
-        key = OrderedKey(best);
-      }
-      keys[n] = key;
+      keys[n] = (taken[n / 32] >> (n % 32) & 1u) != 0 ? kExcluded : importance[n];
     }
     __syncthreads();
     TakeBest(shared, keys, blocks, total - by_query, taken);
@@ -306,7 +317,7 @@ __global__ void ReplayKernel(ReplayParams p) {
 
 template <int quads>
 cudaError_t Launch(const SelectParams& params, cudaStream_t stream) {
-  const size_t shared = sizeof(uint32_t) * (params.max_blocks + (params.max_blocks + 31) / 32);
+  const size_t shared = sizeof(uint32_t) * (2 * params.max_blocks + (params.max_blocks + 31) / 32);
   const cudaError_t status = cudaFuncSetAttribute(
       SelectKernel<quads>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (status != cudaSuccess) return status;
@@ -316,7 +327,7 @@ cudaError_t Launch(const SelectParams& params, cudaStream_t stream) {
 
 bool Valid(const SelectParams& p) {
   return p.rows >= 1 && p.num_kv_heads >= 1 && p.num_heads % p.num_kv_heads == 0 &&
-         p.num_heads / p.num_kv_heads <= kMaxGroup && p.max_blocks >= 1 && p.max_blocks <= 48000;
+         p.num_heads / p.num_kv_heads <= kMaxGroup && p.max_blocks >= 1 && p.max_blocks <= 24000;
 }
 
 }  // namespace

@@ -37,7 +37,7 @@ struct SelectParams {
   int layer = 0;
   int max_windows = 0;   // as given to LaunchScore
   int max_selected = 0;  // at least topk_blocks
-  /// Blocks of the longest row; bounds the shared memory (4 bytes a block, at most 48,000 blocks).
+  /// Blocks of the longest row; bounds the shared memory (8 bytes a block, at most 24,000 blocks).
   int max_blocks = 0;
 };
 
