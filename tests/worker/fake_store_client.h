@@ -35,6 +35,16 @@ class FakeStore final {
     absl::MutexLock lock(&mu_);
     return leases_.size();
   }
+  /// What clients say of how records come.
+  void SetPath(kvstore::Path path) {
+    absl::MutexLock lock(&mu_);
+    path_ = path;
+  }
+  /// All leases expire.
+  void LoseLeases() {
+    absl::MutexLock lock(&mu_);
+    leases_.clear();
+  }
   /// Flips a bit of every record; prefixes stay right.
   void CorruptRecords() {
     absl::MutexLock lock(&mu_);
@@ -67,6 +77,7 @@ class FakeStore final {
   absl::flat_hash_map<kvstore::PageKey, Page> pages_ ABSL_GUARDED_BY(mu_);
   absl::flat_hash_set<uint64_t> leases_ ABSL_GUARDED_BY(mu_);
   uint64_t next_ ABSL_GUARDED_BY(mu_) = 1;
+  kvstore::Path path_ ABSL_GUARDED_BY(mu_) = kvstore::Path::kInProcess;
   Fault write_fault_ ABSL_GUARDED_BY(mu_) = Fault::kNone;
   Fault lookup_fault_ ABSL_GUARDED_BY(mu_) = Fault::kNone;
   Fault read_fault_ ABSL_GUARDED_BY(mu_) = Fault::kNone;
@@ -111,8 +122,15 @@ class FakeStoreClient final : public kvstore::StoreClient {
     absl::MutexLock lock(&store_->mu_);
     for (kvstore::LeaseId lease : leases) store_->leases_.erase(lease.value);
   }
-  absl::Status CheckLease(kvstore::LeaseId lease) const override { return absl::OkStatus(); }
-  kvstore::Path PathTo(kvstore::StoreId store) const override { return kvstore::Path::kInProcess; }
+  absl::Status CheckLease(kvstore::LeaseId lease) const override {
+    absl::MutexLock lock(&store_->mu_);
+    return store_->leases_.contains(lease.value) ? absl::OkStatus()
+                                                 : absl::AbortedError("fake lease is lost");
+  }
+  kvstore::Path PathTo(kvstore::StoreId store) const override {
+    absl::MutexLock lock(&store_->mu_);
+    return store_->path_;
+  }
   std::vector<std::string> UnreachableStores() const override { return {}; }
   kvstore::ClientStats stats() const override { return {}; }
   void Close() override {

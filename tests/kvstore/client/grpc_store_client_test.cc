@@ -49,6 +49,42 @@ class StorePathTest : public ::testing::TestWithParam<PathCase> {
   std::unique_ptr<KvStoreServer> server_;
 };
 
+TEST_P(StorePathTest, MapsArenasOfThisMachineForDirectReaders) {
+  const auto client = MakeClient(Options());
+  TestChain chain(TestLayout(), 3, 9);
+  ASSERT_OK_AND_ASSIGN(const WriteResult written, Write(*client, chain.At(0), chain.Writes()));
+  const auto arena = client->Map(StoreId{0});
+  EXPECT_EQ(client->Map(StoreId{7}), nullptr);
+  if (GetParam().expected == Path::kUcx) {
+    EXPECT_EQ(arena, nullptr);
+    return;
+  }
+  ASSERT_NE(arena, nullptr);
+  EXPECT_EQ(client->Map(StoreId{0}), arena);
+  const PageLayout layout = TestLayout();
+  for (size_t i = 0; i < chain.pages.size(); ++i) {
+    const PageRef& ref = written.pages[i];
+    const size_t offset = ref.slot * layout.page_bytes();
+    ASSERT_LE(offset + layout.page_bytes(), arena->bytes.size());
+    PageHeader header;
+    std::memcpy(&header, arena->bytes.data() + offset, sizeof(header));
+    EXPECT_EQ(header.key, ref.key);
+    EXPECT_EQ(header.generation, ref.generation);
+    EXPECT_EQ(std::memcmp(arena->bytes.data() + offset + layout.record_offset(0),
+                          chain.pages[i].data() + layout.record_offset(0),
+                          layout.num_records() * layout.record_bytes()),
+              0);
+  }
+  if (GetParam().path == DataPath::kInProcess) return;
+  // The mapping outlives the store.
+  server_->Stop();
+  server_ = nullptr;
+  EXPECT_EQ(std::memcmp(arena->bytes.data() + written.pages[0].slot * layout.page_bytes() +
+                            layout.record_offset(0),
+                        chain.pages[0].data() + layout.record_offset(0), layout.record_bytes()),
+            0);
+}
+
 TEST_P(StorePathTest, WritesLooksUpAndReadsBack) {
   const auto writer = MakeClient(Options());
   TestChain chain(TestLayout(), 5, 1);

@@ -128,6 +128,19 @@ TEST_F(EngineTest, FewSlotsGiveTheSameTokensAsAllResident) {
   all.engine->Stop();
 }
 
+TEST_F(EngineTest, MappedReadsCountOnlyWhileTheLeasesAreHeld) {
+  store_->SetPath(kvstore::Path::kMapped);
+  Worker few = MakeWorker(kFewSlots);
+  const auto sink = Start(*few.engine, MakeRequest(Prompt(1500, 1), 400));
+  sink->WaitForTokens(3);
+  store_->LoseLeases();
+  sink->Wait();
+  EXPECT_THAT(sink->status(), StatusIs(absl::StatusCode::kAborted, "lease"));
+  // What the engine reports as a lost lease is that request's alone.
+  EXPECT_EQ(Generate(*few.engine, MakeRequest(Prompt(100, 2), 5)).size(), 5u);
+  few.engine->Stop();
+}
+
 TEST_F(EngineTest, SecondWorkerFindsThePrefixAndContinuesAlike) {
   Worker first = MakeWorker(kFewSlots);
   const auto expected = Generate(*first.engine, MakeRequest(Prompt(1000, 2), 40));
