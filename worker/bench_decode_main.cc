@@ -614,6 +614,11 @@ absl::Status Run(const std::string& command) {
     std::string stages_json;
     std::string stages_text;
     if (absl::GetFlag(FLAGS_stages)) {
+      // The whole step on the device, without the host's part; it repeats the last one, so that
+      // nothing is missing.
+      ASSIGN_OR_RETURN(const double whole_us, bench.step().TimeStages(kAllStages, 5));
+      absl::StrAppend(&stages_json, absl::StrFormat("\"all_on_device\": %.1f", whole_us));
+      absl::StrAppend(&stages_text, absl::StrFormat(" all %.2f:", whole_us / 1e3));
       // Resolving comes last: with the inputs of one layer it would load for the others.
       const std::vector<Stage> order = {Stage::kMatMul, Stage::kAttend,     Stage::kScore,
                                         Stage::kSelect, Stage::kAppend,     Stage::kNorm,
