@@ -144,8 +144,9 @@ class Bench final {
   /// Runs the launch once and waits.
   void Run(const Launch& launch);
   /// Microseconds of one launch: the median of replays of a graph of all launches, one after the
-  /// other, over their number. `reset`, where there is one, runs before each replay, untimed;
-  /// without it the launches come several times in the graph when they are few.
+  /// other, over their number. Replays that are not timed come first, until the clocks are up.
+  /// `reset`, where there is one, runs before each replay, untimed; without it the launches come
+  /// several times in the graph when they are few.
   double MedianUs(const std::vector<Launch>& launches, const Launch& reset = nullptr);
 
   /// Copies of inputs of `bytes` each that together outgrow the L2 cache.

@@ -1,6 +1,8 @@
 // nosara-bench-kernels: time and rate of each kernel, beside the limits measured in the same run.
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <optional>
 
 #include "kernels/bench.h"
 
@@ -33,7 +35,8 @@ void Bench::Run(const Launch& launch) {
 
 double Bench::MedianUs(const std::vector<Launch>& launches, const Launch& reset) {
   constexpr int kReplays = 15;
-  constexpr int kWarmUp = 2;
+  // The clocks fall while the host makes inputs and checks results, and take a while to come up.
+  constexpr auto kWarmUp = std::chrono::milliseconds(200);
   constexpr int kFewLaunches = 24;
   const int count = static_cast<int>(launches.size());
   const int rounds = reset != nullptr ? 1 : std::max(1, kFewLaunches / count);
@@ -51,7 +54,7 @@ double Bench::MedianUs(const std::vector<Launch>& launches, const Launch& reset)
   BENCH_CUDA(cudaEventCreate(&start));
   BENCH_CUDA(cudaEventCreate(&stop));
   std::vector<double> times;
-  for (int i = 0; i < kWarmUp + kReplays; ++i) {
+  const auto replay = [&] {
     if (reset != nullptr) BENCH_CUDA(reset(stream));
     BENCH_CUDA(cudaEventRecord(start, stream));
     BENCH_CUDA(cudaGraphLaunch(executable, stream));
@@ -59,8 +62,11 @@ double Bench::MedianUs(const std::vector<Launch>& launches, const Launch& reset)
     BENCH_CUDA(cudaStreamSynchronize(stream));
     float ms = 0;
     BENCH_CUDA(cudaEventElapsedTime(&ms, start, stop));
-    if (i >= kWarmUp) times.push_back(1e3 * ms / (rounds * count));
-  }
+    return 1e3 * ms / (rounds * count);
+  };
+  const auto begin = std::chrono::steady_clock::now();
+  while (std::chrono::steady_clock::now() - begin < kWarmUp) replay();
+  for (int i = 0; i < kReplays; ++i) times.push_back(replay());
   BENCH_CUDA(cudaEventDestroy(start));
   BENCH_CUDA(cudaEventDestroy(stop));
   BENCH_CUDA(cudaGraphExecDestroy(executable));
@@ -250,6 +256,10 @@ bool ParseArgument(const char* argument, Options& options) {
 struct Limits {
   double device_copy = 0;     // GB/s, read and write added
   double host_to_device = 0;  // GB/s
+
+  double Of(const Figure& figure) const {
+    return figure.limit == Limit::kHostToDevice ? host_to_device : device_copy;
+  }
 };
 
 Limits MeasureLimits(Bench& bench) {
@@ -261,22 +271,45 @@ Limits MeasureLimits(Bench& bench) {
     const uint64_t value = bench.random.Next();
     std::memcpy(host + i, &value, 8);
   }
-  const auto copy = [&](const void* source, cudaMemcpyKind kind) {
-    return Launch(
-        [=](cudaStream_t stream) { return cudaMemcpyAsync(to, source, bytes, kind, stream); });
+  // Timed one by one, not in a graph: a copy node of a graph reaches two thirds of it.
+  cudaStream_t stream;
+  cudaEvent_t start, stop;
+  BENCH_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  BENCH_CUDA(cudaEventCreate(&start));
+  BENCH_CUDA(cudaEventCreate(&stop));
+  const auto median_us = [&](const void* source, cudaMemcpyKind kind) {
+    constexpr int kWarmUp = 20;  // clocks that slept come up
+    constexpr int kTimed = 15;
+    std::vector<double> times;
+    for (int i = 0; i < kWarmUp + kTimed; ++i) {
+      BENCH_CUDA(cudaEventRecord(start, stream));
+      BENCH_CUDA(cudaMemcpyAsync(to, source, bytes, kind, stream));
+      BENCH_CUDA(cudaEventRecord(stop, stream));
+      BENCH_CUDA(cudaEventSynchronize(stop));
+      float ms = 0;
+      BENCH_CUDA(cudaEventElapsedTime(&ms, start, stop));
+      if (i >= kWarmUp) times.push_back(1e3 * ms);
+    }
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2];
   };
-  bench.Run([=](cudaStream_t stream) {
-    return cudaMemcpyAsync(from, host, bytes, cudaMemcpyHostToDevice, stream);
-  });
-  // Each copy is long enough to be timed alone: with a reset a graph holds it once.
-  const Launch nothing = [](cudaStream_t) { return cudaSuccess; };
+  BENCH_CUDA(cudaMemcpyAsync(from, host, bytes, cudaMemcpyHostToDevice, stream));
   Limits limits;
-  limits.device_copy =
-      2e-3 * bytes / bench.MedianUs({copy(from, cudaMemcpyDeviceToDevice)}, nothing);
-  limits.host_to_device =
-      1e-3 * bytes / bench.MedianUs({copy(host, cudaMemcpyHostToDevice)}, nothing);
+  limits.device_copy = 2e-3 * bytes / median_us(from, cudaMemcpyDeviceToDevice);
+  limits.host_to_device = 1e-3 * bytes / median_us(host, cudaMemcpyHostToDevice);
+  BENCH_CUDA(cudaEventDestroy(start));
+  BENCH_CUDA(cudaEventDestroy(stop));
+  BENCH_CUDA(cudaStreamDestroy(stream));
   bench.Release();
   return limits;
+}
+
+/// The share of its limit that a figure reaches, or nothing where it has none, or where it is more:
+/// then a copy does not show what the memory can do, and a share of it would mean nothing.
+std::optional<double> FractionOfLimit(const Limits& limits, const Figure& figure) {
+  const double fraction = 1e-3 * figure.bytes / figure.us / limits.Of(figure);
+  if (figure.bytes == 0 || figure.limit == Limit::kNone || fraction > 1) return std::nullopt;
+  return fraction;
 }
 
 /// JSON needs quotes, backslashes and control characters escaped; there are no others of note.
@@ -308,12 +341,14 @@ bool WriteJson(const Bench& bench, const Limits& limits, const std::string& gpu,
     std::fprintf(file, ",\n  {\"kernel\": %s, \"shape\": %s, \"us\": %.3f, ",
                  Quoted(figure.kernel).c_str(), Quoted(figure.shape).c_str(), figure.us);
     if (figure.bytes > 0) {
-      const double rate = 1e-3 * figure.bytes / figure.us;
-      const double limit =
-          figure.limit == Limit::kHostToDevice ? limits.host_to_device : limits.device_copy;
-      std::fprintf(file, "\"gb_per_s\": %.1f, \"fraction_of_limit\": %.3f, ", rate, rate / limit);
+      std::fprintf(file, "\"gb_per_s\": %.1f, ", 1e-3 * figure.bytes / figure.us);
     } else {
-      std::fprintf(file, "\"gb_per_s\": null, \"fraction_of_limit\": null, ");
+      std::fprintf(file, "\"gb_per_s\": null, ");
+    }
+    if (const auto fraction = FractionOfLimit(limits, figure)) {
+      std::fprintf(file, "\"fraction_of_limit\": %.3f, ", *fraction);
+    } else {
+      std::fprintf(file, "\"fraction_of_limit\": null, ");
     }
     if (figure.flops > 0) {
       std::fprintf(file, "\"tflop_per_s\": %.1f, ", 1e-6 * figure.flops / figure.us);
@@ -334,15 +369,24 @@ void PrintTable(const Bench& bench, const Limits& limits, const std::string& gpu
   for (const Figure& figure : bench.figures) {
     std::printf("%-10s %-46s %10.2f", figure.kernel.c_str(), figure.shape.c_str(), figure.us);
     if (figure.bytes > 0) {
-      const double rate = 1e-3 * figure.bytes / figure.us;
-      const double limit =
-          figure.limit == Limit::kHostToDevice ? limits.host_to_device : limits.device_copy;
-      std::printf(" %9.1f %9.3f", rate, rate / limit);
+      std::printf(" %9.1f", 1e-3 * figure.bytes / figure.us);
     } else {
-      std::printf(" %9s %9s", "-", "-");
+      std::printf(" %9s", "-");
+    }
+    if (const auto fraction = FractionOfLimit(limits, figure)) {
+      std::printf(" %9.3f", *fraction);
+    } else {
+      std::printf(" %9s", "-");
     }
     if (figure.flops > 0) std::printf(" %9.1f", 1e-6 * figure.flops / figure.us);
     std::printf("\n");
+  }
+  for (const Figure& figure : bench.figures) {
+    if (figure.limit == Limit::kNone || 1e-3 * figure.bytes / figure.us <= limits.Of(figure)) {
+      continue;
+    }
+    std::printf("%s (%s): faster than the copy that is its limit, so no share of that is given\n",
+                figure.kernel.c_str(), figure.shape.c_str());
   }
 }
 
@@ -379,7 +423,7 @@ int Main(int argc, char** argv) {
   BENCH_CUDA(cudaGetDeviceProperties(&properties, 0));
 
   Bench bench(options);
-  const Limits limits = MeasureLimits(bench);
+  Limits limits = MeasureLimits(bench);
   bool wrong = false;
   for (const Operation& operation : kOperations) {
     if (!options.kernel.empty() && options.kernel != operation.name) continue;
@@ -392,6 +436,10 @@ int Main(int argc, char** argv) {
       wrong = true;
     }
   }
+  // Again, now that the GPU has been at work all along.
+  const Limits again = MeasureLimits(bench);
+  limits.device_copy = std::max(limits.device_copy, again.device_copy);
+  limits.host_to_device = std::max(limits.host_to_device, again.host_to_device);
   if (!bench.figures.empty()) PrintTable(bench, limits, properties.name);
   if (!options.json.empty() && !WriteJson(bench, limits, properties.name, command)) {
     std::fprintf(stderr, "cannot write %s\n", options.json.c_str());

@@ -1,109 +1,193 @@
 #include "kernels/attend/attend_reference.h"
 
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
 #include "kernels/bench.h"
 
 namespace nosara::kernels::bench {
+namespace {
+
+constexpr int D = kHeadDim;
+constexpr int kLayers = 2;
+constexpr int kCheckedRows = 2;
+
+/// The lists of one launch, on the host and on the device.
+struct Lists {
+  std::vector<int32_t> slots, blocks;
+  std::vector<int2> ranges;
+  AttendParams params;
+};
+
+/// What all launches have in common, and what they are made of.
+struct Inputs {
+  Bench& bench;
+  const DecodeCache& decode;
+  std::vector<StepRow> info;
+  std::vector<__nv_bfloat16> q;
+  AttendParams params;  // without lists, partials and an output
+};
+
+/// Blocks that may be missing: all but the first and the last 17.
+constexpr int kFirstForced = 1;
+constexpr int kLastForced = 17;
+
+/// The lists of a layer with `missing` records in pages, at random places but for the first of them,
+/// which the rows that are checked have.
+Lists MakeLists(Inputs& inputs, int layer, int missing) {
+  Bench& bench = inputs.bench;
+  const CacheView& cache = inputs.decode.cache->host;
+  const int pairs = inputs.params.rows * kNumKvHeads;
+  constexpr int kMay = kTopK - kFirstForced - kLastForced;
+  std::vector<int> places(pairs * kMay);
+  std::iota(places.begin(), places.end(), 0);
+  bench.random.Shuffle(places);
+  std::swap(places[0], *std::min_element(places.begin(), places.end()));
+  std::vector<char> is_missing(pairs * kTopK, 0);
+  for (int i = 0; i < missing; ++i) {
+    is_missing[places[i] / kMay * kTopK + kFirstForced + places[i] % kMay] = 1;
+  }
+  Lists lists;
+  for (int pair = 0; pair < pairs; ++pair) {
+    const int sequence = pair / kNumKvHeads;
+    const int record = layer * kNumKvHeads + pair % kNumKvHeads;
+    const std::vector<int32_t>& selected =
+        inputs.decode.selected[cache.TableRow(sequence, record)];
+    const int before = static_cast<int>(lists.blocks.size());
+    int resident = 0;
+    for (const char wanted : {0, 1}) {
+      for (int i = 0; i < kTopK; ++i) {
+        if (is_missing[pair * kTopK + i] != wanted) continue;
+        lists.blocks.push_back(selected[i]);
+        lists.slots.push_back(static_cast<int32_t>(cache.SlotOf(sequence, record, selected[i])));
+      }
+      if (wanted == 0) resident = static_cast<int>(lists.blocks.size()) - before;
+    }
+    lists.ranges.push_back(make_int2(resident, kTopK));
+  }
+  lists.params = inputs.params;
+  lists.params.layer = layer;
+  lists.params.slots = bench.Upload(lists.slots);
+  lists.params.blocks = bench.Upload(lists.blocks);
+  lists.params.ranges = bench.Upload(lists.ranges);
+  return lists;
+}
+
+/// Memory for the results of a launch of `splits` shares.
+void Allocate(Bench& bench, int splits, AttendParams& params) {
+  const int pairs = params.rows * kNumKvHeads;
+  params.num_splits = splits;
+  params.partial_o = bench.Allocate<float>(size_t(pairs) * splits * kGroup * D);
+  params.partial_mz = bench.Allocate<float2>(size_t(pairs) * splits * kGroup);
+  params.finished = bench.Upload(std::vector<int32_t>(pairs * ((kGroup + 15) / 16), 0));
+  params.out = bench.Allocate<__nv_bfloat16>(size_t(params.rows) * kNumHeads * D);
+}
+
+/// Launches and compares the first rows with the reference, in pages also what is in their slots.
+std::string Check(Inputs& inputs, const Lists& lists) {
+  inputs.bench.Run([&](cudaStream_t stream) { return LaunchAttend(lists.params, stream); });
+  const CacheView& cache = inputs.decode.cache->host;
+  std::vector<__nv_bfloat16> expected(size_t{kCheckedRows} * kNumHeads * D);
+  AttendParams params = lists.params;
+  params.q = inputs.q.data();
+  params.rows_info = inputs.info.data();
+  params.slots = lists.slots.data();
+  params.blocks = lists.blocks.data();
+  params.ranges = lists.ranges.data();
+  params.cache = cache;
+  params.out = expected.data();
+  params.rows = kCheckedRows;
+  AttendReference(params);
+  // Rounded probabilities err by 2^-8 of themselves each; over some hundred tokens that count, by
+  // 1e-4 together.
+  const std::string error =
+      Compare("output", Bench::Download(lists.params.out, expected.size()), expected, kBf16Step,
+              1e-3);
+  if (!error.empty() || params.missing == AttendMissing::kInSlots) return error;
+  for (int pair = 0; pair < kCheckedRows * kNumKvHeads; ++pair) {
+    for (int i = lists.ranges[pair].x; i < kTopK; ++i) {
+      const int32_t slot = lists.slots[pair * kTopK + i];
+      const std::vector<std::byte> actual =
+          Bench::Download(lists.params.cache.Slot(slot), RecordBytes(D));
+      if (std::memcmp(actual.data(), cache.Slot(slot), RecordBytes(D)) != 0) {
+        return "bytes of missing record " + std::to_string(i) + " of pair " + std::to_string(pair);
+      }
+    }
+  }
+  return "";
+}
+
+double MedianUs(Bench& bench, const std::vector<Lists>& all) {
+  std::vector<Launch> launches;
+  for (const Lists& lists : all) {
+    const AttendParams& p = lists.params;
+    launches.push_back([p](cudaStream_t stream) { return LaunchAttend(p, stream); });
+  }
+  return bench.MedianUs(launches);
+}
+
+/// Pages in pinned memory with the records of random slots; every block has one of them.
+void MakePages(Bench& bench, BenchCache& cache) {
+  constexpr int kRecords = kLayers * kNumKvHeads;
+  constexpr int kPages = 2048;
+  constexpr int64_t kRecordBytes = RecordBytes(D);
+  std::byte* pages = bench.AllocatePinned(kPages * kRecords * kRecordBytes);
+  const int num_frames = static_cast<int>(cache.frames.size());
+  for (int64_t i = 0; i < kPages * kRecords; ++i) {
+    const int32_t frame = cache.frames[bench.random.Below(num_frames)];
+    std::memcpy(pages + i * kRecordBytes, cache.host.Slot(int64_t{frame} * kRecords + i % kRecords),
+                kRecordBytes);
+  }
+  for (uint64_t& page : cache.pages) {
+    page = reinterpret_cast<uint64_t>(pages) + bench.random.Below(kPages) * kRecords * kRecordBytes;
+  }
+  cache.device.pages = bench.Upload(cache.pages);
+}
+
+}  // namespace
 
 std::string BenchAttend(Bench& bench) {
   const int rows = bench.options.batch;
-  constexpr int D = kHeadDim;
-  constexpr int kLayers = 2;
-  const int pairs = rows * kNumKvHeads;
+  const int records = rows * kNumKvHeads * kTopK;
   const DecodeCache decode = MakeDecodeCache(bench);
-  const BenchCache& cache = *decode.cache;
-  const std::vector<__nv_bfloat16> q = bench.random.NormalsBf16(size_t(rows) * kNumHeads * D);
-  std::vector<StepRow> info;
-  for (int r = 0; r < rows; ++r) info.push_back({r, bench.options.context - 1});
-  const std::vector<int2> ranges(pairs, make_int2(kTopK, kTopK));
-  const __nv_bfloat16* device_q = bench.Upload(q);
-  const StepRow* device_info = bench.Upload(info);
-  const int2* device_ranges = bench.Upload(ranges);
-  std::vector<std::vector<int32_t>> slots(kLayers), blocks(kLayers);
-  std::vector<const int32_t*> device_slots, device_blocks;
-  for (int layer = 0; layer < kLayers; ++layer) {
-    for (int pair = 0; pair < pairs; ++pair) {
-      const int sequence = pair / kNumKvHeads;
-      const int record = layer * kNumKvHeads + pair % kNumKvHeads;
-      for (const int32_t n : decode.selected[cache.host.TableRow(sequence, record)]) {
-        blocks[layer].push_back(n);
-        slots[layer].push_back(static_cast<int32_t>(cache.host.SlotOf(sequence, record, n)));
-      }
-    }
-    device_slots.push_back(bench.Upload(slots[layer]));
-    device_blocks.push_back(bench.Upload(blocks[layer]));
-  }
+  MakePages(bench, *decode.cache);
+  Inputs inputs{bench, decode, {}, bench.random.NormalsBf16(size_t(rows) * kNumHeads * D), {}};
+  for (int r = 0; r < rows; ++r) inputs.info.push_back({r, bench.options.context - 1});
+  inputs.params.q = bench.Upload(inputs.q);
+  inputs.params.rows_info = bench.Upload(inputs.info);
+  inputs.params.cache = decode.cache->device;
+  inputs.params.rows = rows;
+  inputs.params.num_heads = kNumHeads;
+  inputs.params.num_kv_heads = kNumKvHeads;
+  inputs.params.max_selected = kTopK;
 
+  std::vector<Lists> all;
+  for (int layer = 0; layer < kLayers; ++layer) all.push_back(MakeLists(inputs, layer, 0));
   for (const int splits : {1, 2, 4, 8}) {
-    const size_t num_partials = size_t(pairs) * splits * kGroup;
-    std::vector<AttendParams> all;
-    for (int layer = 0; layer < kLayers; ++layer) {
-      AttendParams params;
-      params.q = device_q;
-      params.rows_info = device_info;
-      params.slots = device_slots[layer];
-      params.blocks = device_blocks[layer];
-      params.ranges = device_ranges;
-      params.cache = cache.device;
-      params.partial_o = bench.Allocate<float>(num_partials * D);
-      params.partial_mz = bench.Allocate<float2>(num_partials);
-      params.rows = rows;
-      params.num_heads = kNumHeads;
-      params.num_kv_heads = kNumKvHeads;
-      params.max_selected = kTopK;
-      params.num_splits = params.total_splits = splits;
-      all.push_back(params);
-    }
-    const double merge_bytes = num_partials * (4.0 * D + 8) + 2.0 * rows * kNumHeads * D;
-    std::vector<MergeParams> merges;
-    bench.Run([&](cudaStream_t stream) { return LaunchAttend(all[0], stream); });
-    const std::vector<float> partial_o = Bench::Download(all[0].partial_o, num_partials * D);
-    const std::vector<float2> partial_mz = Bench::Download(all[0].partial_mz, num_partials);
-    for (int i = 0; i < Bench::Rotations(merge_bytes); ++i) {
-      merges.push_back({bench.Upload(partial_o), bench.Upload(partial_mz), device_info,
-                        bench.Allocate<__nv_bfloat16>(q.size()), rows, kNumHeads, kNumKvHeads, D,
-                        splits});
-    }
-    bench.Run([&](cudaStream_t stream) { return LaunchMerge(merges[0], stream); });
-
-    // The first two rows, from the reference's own partial results.
-    constexpr int kRows = 2;
-    const size_t some_partials = size_t{kRows} * kNumKvHeads * splits * kGroup;
-    std::vector<float> expected_o(some_partials * D);
-    std::vector<float2> expected_mz(some_partials);
-    std::vector<__nv_bfloat16> expected(size_t{kRows} * kNumHeads * D);
-    AttendParams params = all[0];
-    params.q = q.data();
-    params.rows_info = info.data();
-    params.slots = slots[0].data();
-    params.blocks = blocks[0].data();
-    params.ranges = ranges.data();
-    params.cache = cache.host;
-    params.partial_o = expected_o.data();
-    params.partial_mz = expected_mz.data();
-    params.rows = kRows;
-    AttendReference(params);
-    MergeReference({expected_o.data(), expected_mz.data(), info.data(), expected.data(), kRows,
-                    kNumHeads, kNumKvHeads, D, splits});
-    // Rounded probabilities err by 2^-8 of themselves each; over some hundred tokens that count, by
-    // 1e-4 together.
-    const std::string error = Compare("output", Bench::Download(merges[0].out, expected.size()),
-                                      expected, kBf16Step, 1e-3);
-    if (!error.empty()) return error + " (" + std::to_string(splits) + " splits)";
-
-    std::vector<Launch> launches;
-    for (const AttendParams& p : all) {
-      launches.push_back([p](cudaStream_t stream) { return LaunchAttend(p, stream); });
-    }
     const std::string shape = std::to_string(rows) + " rows, 64 blocks, " + std::to_string(splits) +
                               (splits == 1 ? " split" : " splits");
-    bench.Report(
-        {"attend", shape, bench.MedianUs(launches), double(pairs) * kTopK * RecordBytes(D)});
-    launches.clear();
-    for (const MergeParams& p : merges) {
-      launches.push_back([p](cudaStream_t stream) { return LaunchMerge(p, stream); });
-    }
-    bench.Report({"merge", shape, bench.MedianUs(launches), merge_bytes});
+    for (Lists& lists : all) Allocate(bench, splits, lists.params);
+    const std::string error = Check(inputs, all[0]);
+    if (!error.empty()) return error + " (" + shape + ")";
+    bench.Report({"attend", shape, MedianUs(bench, all), double(records) * RecordBytes(D)});
   }
+
+  // Last, since it changes what is in the slots. Launch after launch fetches other records.
+  constexpr int kSplits = 2;
+  constexpr int kRotations = 16;
+  const int missing = std::max(1, static_cast<int>(std::lround(records * (1 - kHitRate))));
+  all.clear();
+  for (int i = 0; i < kRotations; ++i) {
+    all.push_back(MakeLists(inputs, i % kLayers, missing));
+    all.back().params.missing = AttendMissing::kInPages;
+    Allocate(bench, kSplits, all.back().params);
+  }
+  const std::string shape = std::to_string(rows) + " rows, " + std::to_string(missing) + " of " +
+                            std::to_string(records) + " from pages, 2 splits";
+  const std::string error = Check(inputs, all[0]);
+  if (!error.empty()) return error + " (" + shape + ")";
+  bench.Report({"attend", shape, MedianUs(bench, all), double(records) * RecordBytes(D)});
   return "";
 }
 

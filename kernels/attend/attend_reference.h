@@ -5,10 +5,8 @@
 
 namespace nosara::kernels {
 
-/// As the launch functions of the same parameters, all pointers being host pointers. The reference
-/// of attention takes contiguous shares of equal size; how a kernel shares a list is its own
-/// affair.
+/// As LaunchAttend with the same parameters, all pointers being host pointers. The list is attended
+/// to as a whole: how a kernel shares it is its own affair, and the scratch is left as it is.
 void AttendReference(const AttendParams& params);
-void MergeReference(const MergeParams& params);
 
 }  // namespace nosara::kernels

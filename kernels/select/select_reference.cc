@@ -31,6 +31,27 @@ void Rank(const std::vector<float>& scores, std::vector<int32_t>& candidates) {
   });
 }
 
+/// |a - b| relative to the larger; infinite where one of them is.
+float Margin(float a, float b) {
+  if (!std::isfinite(a) || !std::isfinite(b)) return kInfinity;
+  const float size = std::max(std::abs(a), std::abs(b));
+  return size > 0 ? std::abs(a - b) / size : 0;
+}
+
+/// Selection::rounding_margin of the `taken` first ones of `ranked`.
+float RoundingMargin(const std::vector<float>& S, const std::vector<int32_t>& ranked, int taken) {
+  const float cut = S[ranked[taken - 1]];
+  const float margin = Margin(cut, S[ranked[taken]]);
+  if (margin > 0) return margin;
+  const auto begin = std::find_if(ranked.begin(), ranked.end(),
+                                  [&](int32_t n) { return S[n] == cut; });
+  const auto end = std::find_if(begin, ranked.end(), [&](int32_t n) { return S[n] != cut; });
+  if (end - begin != 2 || begin[1] != begin[0] + 1) return 0;
+  const float above = begin == ranked.begin() ? kInfinity : Margin(S[begin[-1]], cut);
+  const float below = end == ranked.end() ? kInfinity : Margin(cut, S[*end]);
+  return std::min(above, below);
+}
+
 }  // namespace
 
 std::vector<float> PoolQuery(const std::vector<float>& s, int t) {
@@ -86,12 +107,8 @@ Selection SelectBlocks(const SelectionNumbers& numbers, int t, const BlockScores
   const int by_query = std::min(numbers.query_blocks, numbers.topk_blocks);
   result.blocks.assign(candidates.begin(), candidates.begin() + by_query);
   if (by_query > 0) {
-    const float taken = S[candidates[by_query - 1]];
-    const float left = S[candidates[by_query]];
-    if (std::isfinite(taken) && std::isfinite(left)) {
-      const float size = std::max(std::abs(taken), std::abs(left));
-      result.query_margin = size > 0 ? (taken - left) / size : 0;
-    }
+    result.query_margin = Margin(S[candidates[by_query - 1]], S[candidates[by_query]]);
+    result.rounding_margin = RoundingMargin(S, candidates, by_query);
   }
 
   candidates.erase(candidates.begin(), candidates.begin() + by_query);

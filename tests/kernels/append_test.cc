@@ -3,6 +3,7 @@
 #include <set>
 
 #include "kernels/common/record_reference.h"
+#include "kernels/windows/windows_reference.h"
 #include "tests/kernels/cache_fixture.h"
 #include "tests/kernels/kernel_test.h"
 
@@ -16,25 +17,12 @@ struct Shape {
   bool bias = false;
   bool eviction_head = true;
   bool delta_bias = false;
+  AppendWindows windows = AppendWindows::kLeave;
 };
 
-void CheckShape(Random& random, const Shape& shape, LaunchMode mode = LaunchMode::kDirect) {
-  SCOPED_TRACE(::testing::Message()
-               << "D " << shape.head_dim << ", G " << shape.group << ", Hkv " << shape.kv_heads
-               << ", rows " << shape.rows << ", bias " << shape.bias << ", eviction head "
-               << shape.eviction_head << ", its bias " << shape.delta_bias);
-  const int D = shape.head_dim;
-  const int Hkv = shape.kv_heads;
-  const int Hq = shape.group * Hkv;
-  const int width = (Hq + 2 * Hkv) * D;
-  WorldOptions options;
-  options.head_dim = D;
-  options.layers = 2;
-  options.kv_heads = Hkv;
-  options.sequences = {{1}, {64}, {65}, {130}, {300}};
-  CacheWorld world(options, random);
-
-  std::vector<StepRow> info(shape.rows);
+/// Rows at any place of few sequences, each place once.
+std::vector<StepRow> AnyRows(const CacheWorld& world, int rows, Random& random) {
+  std::vector<StepRow> info(rows);
   std::set<std::pair<int, int>> taken;
   for (StepRow& row : info) {
     if (random.Chance(0.15)) {
@@ -49,14 +37,101 @@ void CheckShape(Random& random, const Shape& shape, LaunchMode mode = LaunchMode
       row.position = 64 * random.Below(blocks) + edges[random.Below(3)];
     } while (!taken.insert({row.sequence, row.position}).second);
   }
-  std::vector<float> qkv = random.Normals(size_t(shape.rows) * width);
-  std::vector<float> cosine(shape.rows * D / 2), sine(cosine.size());
+  return info;
+}
+
+/// A row of each sequence, in any order, with padding: most of them complete a window.
+std::vector<StepRow> RowsOfDifferentSequences(const CacheWorld& world, Random& random) {
+  std::vector<StepRow> info;
+  for (const int32_t s : random.Sample(world.sequences(), world.sequences())) {
+    if (random.Chance(0.15)) info.push_back({-1, 31});
+    const int last = world.tokens(s) - 1;
+    int t = random.Chance(0.6) ? last : random.Below(last + 1);
+    if (random.Chance(0.3)) t = std::min(last, t / 16 * 16 + 15);
+    info.push_back({s, t});
+  }
+  return info;
+}
+
+/// Sequences whose last tokens complete no window (positions 14, 15, 30, 32, 64), the first one
+/// (31), one of one block (63, 95) or of two (79, 143), the last of an index slot (2063) and the
+/// first of the next one, of one block (2079).
+std::vector<SequenceSpec> WindowSequences(int count, Random& random) {
+  const int tokens[] = {32, 80, 15, 64, 16, 31, 33, 96, 65, 144, 600, 2080, 2064};
+  std::vector<SequenceSpec> specs;
+  for (int i = 0; i < count; ++i) specs.push_back({tokens[i % std::size(tokens)]});
+  random.Shuffle(specs);
+  return specs;
+}
+
+/// Compares the windows that the rows complete with what they should be of the rows in `expected`,
+/// and copies them there.
+void CheckWindows(const std::vector<StepRow>& info, int kv_heads, CacheWorld& world,
+                  CacheWorld& expected) {
+  const CacheView view = world.View();
+  const int D = view.head_dim;
+  const WindowsParams params{info.data(), expected.View(), static_cast<int>(info.size()), kv_heads,
+                             /*layer=*/1};
+  WindowsReference(params);
+  Comparison keys("kc, at position"), scores("e, at position");
+  keys.Near(0, 0, 0, 0);  // no row may complete a window
+  scores.Near(0, 0, 0, 0);
+  for (const StepRow& row : info) {
+    if (row.sequence < 0 || row.position < 31 || row.position % 16 != 15) continue;
+    const int window = (row.position - 31) / 16;
+    for (int h = 0; h < kv_heads; ++h) {
+      std::byte* actual = view.IndexSlot(row.sequence, kv_heads + h, window);
+      std::byte* wanted = params.cache.IndexSlot(row.sequence, kv_heads + h, window);
+      double size = 1;  // of the scores: c grows with the width of v
+      for (int t = row.position - 31; t <= row.position; ++t) {
+        std::byte* record =
+            params.cache.Slot(params.cache.SlotOf(row.sequence, kv_heads + h, t / kBlockTokens));
+        size = std::max<double>(size, std::abs(RecordBias(record, D)[t % kBlockTokens]));
+      }
+      for (int i = 0; i < D; ++i) {
+        // A sum of 32 numbers of size 1 in another order, then a step of bf16.
+        const double mean = ToFloat(IndexKey(wanted, D, window)[i]);
+        keys.Near(ToFloat(IndexKey(actual, D, window)[i]), mean, kBf16Step * std::abs(mean) + 1e-6,
+                  row.position);
+      }
+      scores.Near(*IndexScore(actual, D, window), *IndexScore(wanted, D, window), 1e-6 * size,
+                  row.position);
+      std::copy_n(IndexKey(actual, D, window), D, IndexKey(wanted, D, window));
+      *IndexScore(wanted, D, window) = *IndexScore(actual, D, window);
+    }
+  }
+}
+
+void CheckShape(Random& random, const Shape& shape, LaunchMode mode = LaunchMode::kDirect) {
+  SCOPED_TRACE(::testing::Message()
+               << "D " << shape.head_dim << ", G " << shape.group << ", Hkv " << shape.kv_heads
+               << ", rows " << shape.rows << ", bias " << shape.bias << ", eviction head "
+               << shape.eviction_head << ", its bias " << shape.delta_bias << ", windows "
+               << (shape.windows == AppendWindows::kUpdate));
+  const int D = shape.head_dim;
+  const int Hkv = shape.kv_heads;
+  const int Hq = shape.group * Hkv;
+  const int width = (Hq + 2 * Hkv) * D;
+  WorldOptions options;
+  options.head_dim = D;
+  options.layers = 2;
+  options.kv_heads = Hkv;
+  const bool windows = shape.windows == AppendWindows::kUpdate;
+  options.with_pages = false;
+  options.sequences = {{1}, {64}, {65}, {130}, {300}};
+  if (windows) options.sequences = WindowSequences(shape.rows, random);
+  CacheWorld world(options, random);
+  const std::vector<StepRow> info =
+      windows ? RowsOfDifferentSequences(world, random) : AnyRows(world, shape.rows, random);
+  const int rows = static_cast<int>(info.size());
+  std::vector<float> qkv = random.Normals(size_t(rows) * width);
+  std::vector<float> cosine(rows * D / 2), sine(cosine.size());
   for (size_t i = 0; i < cosine.size(); ++i) {
     const double angle = 100 * random.Uniform();
     cosine[i] = static_cast<float>(std::cos(angle));
     sine[i] = static_cast<float>(std::sin(angle));
   }
-  for (int r = 0; r < shape.rows; ++r) {
+  for (int r = 0; r < rows; ++r) {
     if (info[r].sequence >= 0) continue;
     std::fill_n(qkv.begin() + int64_t{r} * width, width, std::nanf(""));
   }
@@ -64,7 +139,7 @@ void CheckShape(Random& random, const Shape& shape, LaunchMode mode = LaunchMode
   std::vector<float> A = random.Normals(Hkv);
   const std::vector<float> delta = random.Normals(size_t(Hkv) * Hkv * D);
   const std::vector<float> delta_bias = random.Normals(Hkv);
-  std::vector<__nv_bfloat16> q = Poison<__nv_bfloat16>(size_t(shape.rows) * Hq * D);
+  std::vector<__nv_bfloat16> q = Poison<__nv_bfloat16>(size_t(rows) * Hq * D);
 
   DeviceMirror mirror(world);
   DeviceArray<float> device_qkv(qkv), device_bias(bias), device_A(A), device_delta(delta),
@@ -82,10 +157,11 @@ void CheckShape(Random& random, const Shape& shape, LaunchMode mode = LaunchMode
   params.rows_info = device_info.data();
   params.q = device_q.data();
   params.cache = mirror.View();
-  params.rows = shape.rows;
+  params.rows = rows;
   params.num_heads = Hq;
   params.num_kv_heads = Hkv;
   params.layer = 1;
+  params.windows = shape.windows;
   Launch(LaunchAppend, params, mode);
 
   CacheWorld expected_world(world);
@@ -114,7 +190,7 @@ void CheckShape(Random& random, const Shape& shape, LaunchMode mode = LaunchMode
   {
     Comparison comparison("q");
     comparison.Near(0, 0, 0, 0);  // all rows may be padding
-    for (int r = 0; r < shape.rows; ++r) {
+    for (int r = 0; r < rows; ++r) {
       const int64_t row = int64_t{r} * Hq * D;
       if (info[r].sequence < 0) {
         ExpectPoison(actual_q, row, row + Hq * D, "q of a padding row");
@@ -131,7 +207,7 @@ void CheckShape(Random& random, const Shape& shape, LaunchMode mode = LaunchMode
   Comparison keys("k"), values("v"), biases("c");
   for (Comparison* comparison : {&keys, &values, &biases}) comparison->Near(0, 0, 0, 0);
   const CacheView actual_view = world.View();
-  for (int r = 0; r < shape.rows; ++r) {
+  for (int r = 0; r < rows; ++r) {
     if (info[r].sequence < 0) continue;
     const int token = info[r].position % 64;
     for (int h = 0; h < Hkv; ++h) {
@@ -162,6 +238,7 @@ void CheckShape(Random& random, const Shape& shape, LaunchMode mode = LaunchMode
       RecordBias(expected, D)[token] = RecordBias(actual, D)[token];
     }
   }
+  if (windows) CheckWindows(info, Hkv, world, expected_world);
   ExpectSameBytes(world.slots, expected_world.slots, "bytes of slots that no row writes");
 }
 
@@ -182,7 +259,34 @@ TEST_F(AppendTest, AgreesWithTheReference) {
   }
 }
 
-TEST_F(AppendTest, CanBeCaptured) { CheckShape(random_, {128, 16, 2, 64}, LaunchMode::kGraph); }
+TEST_F(AppendTest, ChunksOfManyRows) {
+  CheckShape(random_, {128, 16, 2, 300});
+  CheckShape(random_, {64, 4, 1, 256, /*bias=*/true});
+}
+
+TEST_F(AppendTest, UpdatesTheWindowsThatItsRowsComplete) {
+  for (const int head_dim : {64, 128}) {
+    for (const int group : {1, 16}) {
+      for (const int kv_heads : {1, 2, 3, 4}) {
+        for (const int rows : {1, 13, 40}) {
+          Shape shape{head_dim, group, kv_heads, rows};
+          shape.windows = AppendWindows::kUpdate;
+          shape.bias = random_.Chance(0.5);
+          shape.eviction_head = random_.Chance(0.8);
+          CheckShape(random_, shape);
+          if (HasFailure()) return;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(AppendTest, CanBeCaptured) {
+  Shape shape{128, 16, 2, 64};
+  CheckShape(random_, shape, LaunchMode::kGraph);
+  shape.windows = AppendWindows::kUpdate;
+  CheckShape(random_, shape, LaunchMode::kGraph);
+}
 
 TEST_F(AppendTest, TheScoreIsFiniteForLargeInputs) {
   // softplus(x) is x for large x and 0 for very negative x: no exp may overflow.

@@ -280,6 +280,8 @@ void DeviceMirror::UploadPages() {
   pages_.Upload(device_pages);
 }
 
+void DeviceMirror::UploadSlots() { slots_.Upload(world_.slots); }
+
 void DeviceMirror::Download() {
   CopyBack(slots_, world_.slots);
   DownloadTables();

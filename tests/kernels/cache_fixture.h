@@ -82,6 +82,8 @@ class DeviceMirror final {
   CacheView View() const;
   /// Copies pages[] of the world again (a block was stored).
   void UploadPages();
+  /// Copies slots of the world again.
+  void UploadSlots();
   /// Copies slots and tables back to the world.
   void Download();
   /// Tables only.

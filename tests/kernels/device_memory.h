@@ -120,29 +120,48 @@ enum class LaunchMode {
   kGraph,  // captured into a graph that then runs once
 };
 
+/// A captured launch that can run again and again.
+class CapturedLaunch final {
+ public:
+  template <typename Params>
+  CapturedLaunch(cudaError_t (*launch)(const Params&, cudaStream_t), const Params& params) {
+    CHECK_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    CHECK_CUDA(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+    const cudaError_t error = launch(params, stream_);
+    EXPECT_EQ(error, cudaSuccess) << cudaGetErrorString(error) << " during a capture";
+    CHECK_CUDA(cudaStreamEndCapture(stream_, &graph_));
+    CHECK_CUDA(cudaGraphInstantiate(&executable_, graph_, 0));
+  }
+  ~CapturedLaunch() {
+    cudaGraphExecDestroy(executable_);
+    cudaGraphDestroy(graph_);
+    cudaStreamDestroy(stream_);
+  }
+  CapturedLaunch(const CapturedLaunch&) = delete;
+  CapturedLaunch& operator=(const CapturedLaunch&) = delete;
+
+  /// Runs it and waits for it.
+  void Replay() const {
+    CHECK_CUDA(cudaGraphLaunch(executable_, stream_));
+    CHECK_CUDA(cudaStreamSynchronize(stream_));
+  }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t executable_ = nullptr;
+};
+
 /// Launches a kernel and waits for it. A refused launch is a failure of the test.
 template <typename Params>
 void Launch(cudaError_t (*launch)(const Params&, cudaStream_t), const Params& params,
             LaunchMode mode = LaunchMode::kDirect) {
+  if (mode == LaunchMode::kGraph) return CapturedLaunch(launch, params).Replay();
   cudaStream_t stream;
   CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  if (mode == LaunchMode::kDirect) {
-    const cudaError_t error = launch(params, stream);
-    EXPECT_EQ(error, cudaSuccess) << cudaGetErrorString(error);
-    CHECK_CUDA(cudaStreamSynchronize(stream));
-  } else {
-    CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    const cudaError_t error = launch(params, stream);
-    EXPECT_EQ(error, cudaSuccess) << cudaGetErrorString(error) << " during a capture";
-    cudaGraph_t graph = nullptr;
-    cudaGraphExec_t executable = nullptr;
-    CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
-    CHECK_CUDA(cudaGraphInstantiate(&executable, graph, 0));
-    CHECK_CUDA(cudaGraphLaunch(executable, stream));
-    CHECK_CUDA(cudaStreamSynchronize(stream));
-    CHECK_CUDA(cudaGraphExecDestroy(executable));
-    CHECK_CUDA(cudaGraphDestroy(graph));
-  }
+  const cudaError_t error = launch(params, stream);
+  EXPECT_EQ(error, cudaSuccess) << cudaGetErrorString(error);
+  CHECK_CUDA(cudaStreamSynchronize(stream));
   CHECK_CUDA(cudaStreamDestroy(stream));
 }
 

@@ -2,7 +2,9 @@
 // run on the host: no GPU is needed.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
 
@@ -283,11 +285,38 @@ TEST(SelectReferenceTest, ByHand) {
   const Selection selection = SelectBlocks(numbers, 9 * 64, scores);
   // By S block 1 (before 3, its equal); of the rest by E 2, then 5 (before 6, its equal).
   EXPECT_EQ(selection.blocks, (std::vector<int32_t>{0, 1, 2, 5, 8, 9}));
+  // Blocks 1 and 3 have their score from different windows.
   EXPECT_EQ(selection.query_margin, 0);
+  EXPECT_EQ(selection.rounding_margin, 0);
   scores.S[3] = 4;
   EXPECT_FLOAT_EQ(SelectBlocks(numbers, 9 * 64, scores).query_margin, 0.2f);
+  EXPECT_FLOAT_EQ(SelectBlocks(numbers, 9 * 64, scores).rounding_margin, 0.2f);
   EXPECT_EQ(SelectBlocks(numbers, 5 * 64 + 63, {}).blocks,
             (std::vector<int32_t>{0, 1, 2, 3, 4, 5}));
+}
+
+TEST(SelectReferenceTest, NeighboursTieByTheWindowTheyShare) {
+  // Forced 0 and 8, 9; two more by S: block 1, then 4 before its neighbour.
+  const SelectionNumbers numbers{1, 1, 5, 5};
+  BlockScores scores;
+  scores.S = {0, 8, 1, 1, 5, 5, 4, 1, 1, 1};
+  scores.E.assign(10, 0);
+  const auto select = [&] { return SelectBlocks(numbers, 9 * 64, scores); };
+  EXPECT_EQ(select().blocks, (std::vector<int32_t>{0, 1, 4, 8, 9}));
+  EXPECT_EQ(select().query_margin, 0);
+  EXPECT_FLOAT_EQ(select().rounding_margin, 0.2f);  // to block 6
+  scores.S[1] = 5.5f;
+  scores.S[6] = 1;
+  EXPECT_FLOAT_EQ(select().rounding_margin, 0.5f / 5.5f);  // to block 1
+  scores.S[1] = -kInfinity;
+  scores.S[3] = 6;
+  EXPECT_EQ(select().blocks, (std::vector<int32_t>{0, 3, 4, 8, 9}));
+  EXPECT_FLOAT_EQ(select().rounding_margin, 1.0f / 6);  // to block 3
+  scores.S[7] = 5;  // a third one, which has no window in common with block 4
+  EXPECT_EQ(select().query_margin, 0);
+  EXPECT_EQ(select().rounding_margin, 0);
+  scores.S.assign(10, -kInfinity);
+  EXPECT_EQ(select().rounding_margin, kInfinity);
 }
 
 TEST(SelectReferenceTest, FromLogitsByHand) {
@@ -599,82 +628,97 @@ struct TinyAttention {
   const std::vector<StepRow> info = {{0, 129}};
 };
 
+/// One row and head over the two blocks of a TinyAttention.
+struct TinyAttend {
+  static constexpr int D = TinyCache::D;
+
+  explicit TinyAttend(TinyAttention& tiny)
+      : slots({static_cast<int32_t>(tiny.cache.view.SlotOf(0, 0, 0)),
+               static_cast<int32_t>(tiny.cache.view.SlotOf(0, 0, 2))}) {
+    params.q = tiny.q.data();
+    params.rows_info = tiny.info.data();
+    params.slots = slots.data();
+    params.blocks = blocks.data();
+    params.ranges = ranges.data();
+    params.cache = tiny.cache.view;
+    params.out = out.data();
+    params.rows = params.num_heads = params.num_kv_heads = 1;
+    params.max_selected = 2;
+  }
+  TinyAttend(const TinyAttend&) = delete;
+  TinyAttend& operator=(const TinyAttend&) = delete;
+
+  const std::vector<int32_t> slots;
+  const std::vector<int32_t> blocks = {0, 2};
+  std::vector<int2> ranges = {make_int2(1, 2)};
+  std::vector<__nv_bfloat16> out = std::vector<__nv_bfloat16>(D, Bf16(9));
+  AttendParams params;
+};
+
 TEST(AttendReferenceTest, ByHand) {
   TinyAttention tiny;
-  constexpr int D = TinyCache::D;
-  std::vector<int32_t> slots = {static_cast<int32_t>(tiny.cache.view.SlotOf(0, 0, 0)),
-                                static_cast<int32_t>(tiny.cache.view.SlotOf(0, 0, 2))};
-  std::vector<int32_t> blocks = {0, 2};
-  std::vector<int2> ranges = {make_int2(1, 2)};
-  std::vector<float> o(4 * D, 99);
-  std::vector<float2> mz(4, make_float2(99, 99));
-  AttendParams params;
-  params.q = tiny.q.data();
-  params.rows_info = tiny.info.data();
-  params.slots = slots.data();
-  params.blocks = blocks.data();
-  params.ranges = ranges.data();
-  params.cache = tiny.cache.view;
-  params.partial_o = o.data();
-  params.partial_mz = mz.data();
-  params.rows = params.num_heads = params.num_kv_heads = 1;
-  params.max_selected = 2;
-  params.total_splits = 4;
-  params.num_splits = 2;
-  AttendReference(params);
-  params.first_split = 2;
-  params.part = AttendPart::kLoaded;
-  AttendReference(params);
-  // Block 0: 64 tokens of logit 0 and value 1; the second share of one block is empty.
-  EXPECT_EQ(mz[0].x, 0);
-  EXPECT_EQ(mz[0].y, 64);
-  EXPECT_EQ(o[7], 64);
-  EXPECT_EQ(mz[1].x, -kInfinity);
-  EXPECT_EQ(mz[1].y, 0);
-  EXPECT_EQ(o[D + 7], 0);
-  // Block 2: two tokens of weight 32 each.
-  EXPECT_FLOAT_EQ(mz[2].x, std::log(32.0f));
-  EXPECT_EQ(mz[2].y, 2);
-  EXPECT_EQ(o[2 * D + 7], 8);
-  EXPECT_EQ(o[2 * D + 6], 0);
-
-  std::vector<__nv_bfloat16> out(D, Bf16(9));
-  MergeReference({o.data(), mz.data(), tiny.info.data(), out.data(), 1, 1, 1, D, 4});
-  EXPECT_EQ(ToFloat(out[7]), 2.5f);  // (64 * 1 + 64 * 4) / 128
-  EXPECT_EQ(ToFloat(out[6]), 0);
+  TinyAttend attend(tiny);
+  // Block 0: 64 tokens of weight 1 and value 1; block 2: two tokens of weight 32 and value 4.
+  AttendReference(attend.params);
+  EXPECT_EQ(ToFloat(attend.out[7]), 2.5f);  // (64 * 1 + 64 * 4) / 128
+  EXPECT_EQ(ToFloat(attend.out[6]), 0);
+  attend.params.bias = AttendBias::kNone;
+  AttendReference(attend.params);
+  EXPECT_EQ(ToFloat(attend.out[7]), ToFloat(Bf16((64 + 2 * 4) / 66.0f)));
+  attend.ranges = {make_int2(1, 1)};
+  AttendReference(attend.params);
+  EXPECT_EQ(ToFloat(attend.out[7]), 1);
   const std::vector<StepRow> padding = {{-1, 0}};
-  MergeReference({o.data(), mz.data(), padding.data(), out.data(), 1, 1, 1, D, 4});
-  EXPECT_EQ(ToFloat(out[7]), 0);
+  attend.params.rows_info = padding.data();
+  AttendReference(attend.params);
+  EXPECT_EQ(ToFloat(attend.out[7]), 0);
+}
+
+TEST(AttendReferenceTest, MissingRecordsComeFromTheirPages) {
+  constexpr int D = TinyCache::D;
+  TinyAttention tiny;
+  TinyAttend attend(tiny);
+  // The page of block 2 has two layers of one head; the record of the second one is what the slot
+  // should hold. Values of 4 as there, c of 0.
+  std::vector<std::byte> page(2 * RecordBytes(D), std::byte{0xff});
+  std::byte* record = page.data() + RecordBytes(D);
+  std::fill_n(record, RecordBytes(D), std::byte{0});
+  for (int j = 0; j < 64; ++j) RecordValue(record, D, j)[7] = Bf16(4);
+  tiny.cache.pages[2] = reinterpret_cast<uint64_t>(page.data());
+  attend.params.layer = 1;
+
+  AttendReference(attend.params);
+  EXPECT_EQ(ToFloat(attend.out[7]), 2.5f) << "what is in its slot is not to be fetched";
+  attend.params.missing = AttendMissing::kInPages;
+  const std::vector<std::byte> before = tiny.cache.slots;
+  AttendReference(attend.params);
+  EXPECT_EQ(ToFloat(attend.out[7]), ToFloat(Bf16((64 + 2 * 4) / 66.0f)));
+  std::byte* slot = tiny.cache.view.Slot(attend.slots[1]);
+  EXPECT_EQ(std::memcmp(slot, record, RecordBytes(D)), 0);
+  // Nothing else was written.
+  std::copy_n(before.data() + (slot - tiny.cache.slots.data()), RecordBytes(D), slot);
+  EXPECT_TRUE(tiny.cache.slots == before);
 }
 
 TEST(AttendReferenceTest, TheScaleIsOfTheProductOnly) {
-  TinyAttention tiny;
   constexpr int D = TinyCache::D;
+  TinyAttention tiny;
+  TinyAttend attend(tiny);
+  // Two tokens: 16 * 1.5 / 8 + 0.25 by the product, 3.25 by c alone.
+  const std::vector<StepRow> info = {{0, 1}};
   tiny.q[0] = Bf16(16);
-  for (int j = 0; j < 64; ++j) RecordKey(tiny.cache.Record(0, 0), D, j)[0] = Bf16(1.5f);
-  std::vector<int32_t> slots = {static_cast<int32_t>(tiny.cache.view.SlotOf(0, 0, 0))};
-  std::vector<int32_t> blocks = {0};
-  std::vector<int2> ranges = {make_int2(1, 1)};
-  RecordBias(tiny.cache.Record(0, 0), D)[9] = 0.25f;
-  std::vector<float> o(D);
-  std::vector<float2> mz(1);
-  AttendParams params;
-  params.q = tiny.q.data();
-  params.rows_info = tiny.info.data();
-  params.slots = slots.data();
-  params.blocks = blocks.data();
-  params.ranges = ranges.data();
-  params.cache = tiny.cache.view;
-  params.partial_o = o.data();
-  params.partial_mz = mz.data();
-  params.rows = params.num_heads = params.num_kv_heads = 1;
-  params.max_selected = params.total_splits = params.num_splits = 1;
-  AttendReference(params);
-  EXPECT_EQ(mz[0].x, 3.25f);  // 16 * 1.5 / 8 + 0.25
-  params.bias = AttendBias::kNone;
-  AttendReference(params);
-  EXPECT_EQ(mz[0].x, 3.0f);
-  EXPECT_EQ(mz[0].y, 64);
+  std::byte* record = tiny.cache.Record(0, 0);
+  RecordKey(record, D, 0)[0] = Bf16(1.5f);
+  RecordBias(record, D)[0] = 0.25f;
+  RecordBias(record, D)[1] = 3.25f;
+  RecordValue(record, D, 1)[7] = Bf16(3);
+  attend.params.rows_info = info.data();
+  attend.ranges = {make_int2(1, 1)};
+  AttendReference(attend.params);
+  EXPECT_EQ(ToFloat(attend.out[7]), 2);
+  attend.params.bias = AttendBias::kNone;
+  AttendReference(attend.params);
+  EXPECT_NEAR(ToFloat(attend.out[7]), (std::exp(3.0) + 3) / (std::exp(3.0) + 1), 0.01);
 }
 
 TEST(PrefillReferenceTest, ByHand) {
