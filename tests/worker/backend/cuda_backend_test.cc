@@ -5,7 +5,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <deque>
 #include <fstream>
+#include <random>
 #include <sstream>
 #include <thread>
 
@@ -306,6 +308,79 @@ TEST_F(CudaBackendTest, LostRecordsFailTheirRequestAlone) {
   EXPECT_FALSE(long_one->status().ok());
   EXPECT_EQ(Generate(*cuda.engine, MakeRequest(short_prompt)), expected);
   cuda.engine->Stop();
+}
+
+TEST_F(CudaBackendTest, LongRunOfComingAndGoing) {
+  // Some 3,000 steps with CheckIntegrity after each: sequences join and leave, some are cancelled,
+  // reads fail now and then. Nothing may leak, and who ends well ends as it does alone.
+  constexpr int kRequests = 360;
+  constexpr size_t kInFlight = 12;
+  std::vector<std::vector<int32_t>> prompts;
+  for (size_t tokens : {5, 64, 100, 333, 640, 900, 1200, 1500, 1800, 2100}) {
+    prompts.push_back(Prompt(tokens, tokens * 3 % 4000));
+  }
+  std::vector<std::vector<int32_t>> alone;
+  constexpr int kTokens = 100;
+  {
+    FakeStore store(*layout_);
+    Worker cuda = CudaWorker(Cuda(0), &store);
+    for (const auto& prompt : prompts) {
+      alone.push_back(Generate(*cuda.engine, MakeRequest(prompt, kTokens)));
+    }
+    cuda.engine->Stop();
+  }
+  const ModelConfig& config = checkpoint_->config();
+  const int64_t frame =
+      DeviceCache::FrameBytes(config.num_layers, config.num_kv_heads, config.head_dim);
+  Worker cuda = CudaWorker(Cuda(config.nosa.topk_blocks, 420 * frame), store_.get());
+  const auto& backend = dynamic_cast<const CudaBackend&>(cuda.engine->backend());
+  struct Running {
+    size_t prompt;
+    RequestHandle handle;
+    std::shared_ptr<CollectingSink> sink;
+    bool cancelled;
+  };
+  std::deque<Running> running;
+  std::mt19937 random(static_cast<uint32_t>(::testing::UnitTest::GetInstance()->random_seed()));
+  int equal = 0, ties = 0, failed = 0, cancelled = 0;
+  const auto finish = [&](Running one) {
+    if (one.cancelled) {
+      ++cancelled;
+      return;
+    }
+    one.sink->Wait();
+    if (!one.sink->status().ok()) {
+      EXPECT_THAT(one.sink->status(), StatusIs(absl::StatusCode::kUnavailable, ""));
+      ++failed;
+      return;
+    }
+    const bool same =
+        ExpectSameUpToTies(prompts[one.prompt], one.sink->tokens(), alone[one.prompt]);
+    (same ? equal : ties) += 1;
+  };
+  for (int i = 0; i < kRequests; ++i) {
+    if (running.size() == kInFlight) {
+      finish(std::move(running.front()));
+      running.pop_front();
+    }
+    if (i % 40 == 20) store_->SetReadFault(FakeStore::Fault::kUnavailable);
+    if (i % 40 == 22) store_->SetReadFault(FakeStore::Fault::kNone);
+    Running one;
+    one.prompt = random() % prompts.size();
+    one.sink = std::make_shared<CollectingSink>();
+    one.cancelled = random() % 10 == 0;
+    ASSERT_OK_AND_ASSIGN(one.handle,
+                         cuda.engine->Submit(MakeRequest(prompts[one.prompt], kTokens), one.sink));
+    if (one.cancelled) cuda.engine->Cancel(one.handle);
+    running.push_back(std::move(one));
+  }
+  for (Running& one : running) finish(std::move(one));
+  EXPECT_EQ(equal + ties + failed + cancelled, kRequests);
+  EXPECT_GT(equal, kRequests / 2) << ties << " parted at ties, " << failed << " failed";
+  EXPECT_LT(ties, kRequests / 10);
+  cuda.engine->Stop();
+  EXPECT_EQ(backend.free_frames(), 420);
+  EXPECT_EQ(store_->leases(), 0u);
 }
 
 TEST_F(CudaBackendTest, RefusesWhatCannotFit) {
