@@ -377,7 +377,8 @@ TEST_F(CudaBackendTest, LongRunOfComingAndGoing) {
   for (Running& one : running) finish(std::move(one));
   EXPECT_EQ(equal + ties + failed + cancelled, kRequests);
   EXPECT_GT(equal, kRequests / 2) << ties << " parted at ties, " << failed << " failed";
-  EXPECT_LT(ties, kRequests / 10);
+  // A prompt that meets a tie meets it in most of its runs.
+  EXPECT_LT(ties, kRequests / 4);
   cuda.engine->Stop();
   EXPECT_EQ(backend.free_frames(), 420);
   EXPECT_EQ(store_->leases(), 0u);
