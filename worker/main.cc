@@ -44,6 +44,11 @@ ABSL_FLAG(int32_t, max_running, 64, "sequences in progress at a time, 1 or more"
 ABSL_FLAG(int32_t, max_queued, 1024, "requests that may wait, 1 or more; further ones are refused");
 ABSL_FLAG(absl::Duration, store_patience, absl::Seconds(10),
           "how long a sequence may wait for the store to take its blocks before it fails");
+ABSL_FLAG(int32_t, max_recoveries, 16,
+          "how often one request may lose pages and go on by computing them again, 0 or more");
+ABSL_FLAG(int64_t, max_replay_tokens, 1024,
+          "after such a loss, most tokens of output that are computed again one by one, exactly as "
+          "before; more are prefilled in chunks, faster; 0 or more");
 ABSL_FLAG(absl::Duration, drain_timeout, absl::Seconds(30),
           "how long running requests may go on after SIGTERM or SIGINT");
 ABSL_FLAG(std::string, log_level, "info", "debug, info, warning or error");
@@ -118,6 +123,8 @@ absl::Status Run() {
   options.engine.max_running = absl::GetFlag(FLAGS_max_running);
   options.engine.max_queued = absl::GetFlag(FLAGS_max_queued);
   options.engine.store_patience = absl::GetFlag(FLAGS_store_patience);
+  options.engine.max_recoveries = absl::GetFlag(FLAGS_max_recoveries);
+  options.engine.max_replay_tokens = absl::GetFlag(FLAGS_max_replay_tokens);
   const std::string stores = absl::StrJoin(absl::GetFlag(FLAGS_stores), ",");
   ASSIGN_OR_RETURN(const auto server, WorkerServer::Create(std::move(options)));
   LogInfo("{}, stores {}", server->Describe(), stores);

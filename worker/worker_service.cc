@@ -298,6 +298,8 @@ class WorkerServiceImpl final : public v1::WorkerService::CallbackService {
     response->set_running_tokens(load.running_tokens);
     response->set_draining(load.draining);
     CacheToProto(load.cache, load.pages_written, response->mutable_cache());
+    response->set_recoveries(load.recoveries);
+    response->set_recomputed_tokens(load.recomputed_tokens);
     for (std::string& address : store_->UnreachableStores()) {
       response->add_unreachable_stores(std::move(address));
     }

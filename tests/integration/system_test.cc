@@ -87,6 +87,16 @@ class SystemTest : public ::testing::Test {
     return load;
   }
 
+  /// Waits until the worker reaches all its stores.
+  static void AwaitStores(const Program& worker) {
+    const absl::Time end = absl::Now() + kTimeout;
+    while (absl::Now() < end) {
+      if (GetLoad(worker).unreachable_stores().empty()) return;
+      std::this_thread::yield();
+    }
+    FAIL() << "the worker does not reach its stores";
+  }
+
   /// Pages that a store holds.
   static uint64_t StoredPages(const Program& store) {
     const auto stub = kvstore::v1::KvStoreService::NewStub(
@@ -206,7 +216,55 @@ TEST_F(SystemTest, KilledWorkerIsUnavailableToTheClient) {
               StatusIs(absl::StatusCode::kUnavailable, "worker"));
 }
 
-TEST_F(SystemTest, KilledStoreFailsWhoNeedsItAndComesBack) {
+// The store dies in the middle of streams and comes back without a page: the streams stand still
+// meanwhile, and go on with the same tokens.
+TEST_F(SystemTest, KilledAndRestartedStoreChangesNoToken) {
+  for (const char* path : {"mapped", "ucx"}) {
+    SCOPED_TRACE(path);
+    auto store = StartStore();
+    const std::string address = store->address();
+    const auto worker = StartWorker(address, {"--slots_per_head=-1", "--store_patience=60s",
+                                              absl::StrCat("--store_path=", path)});
+    const auto router = StartRouter(worker->address());
+    const auto client = Connect(*router);
+    AwaitWorkers(*client, 1);
+    const auto restart = [&] {
+      store->Kill();
+      store = std::make_unique<Program>(
+          NOSARA_BIN "/nosara-kvstore",
+          std::vector<std::string>{absl::StrCat("--listen=", address), "--arena_bytes=64MiB"});
+      ASSERT_EQ(store->address(), address);
+    };
+    for (const bool sampled : {false, true}) {
+      SCOPED_TRACE(sampled);
+      GenerateRequest request = MakeRequest(1500, sampled ? 41 : 42, 600);
+      if (sampled) {
+        request.mutable_sampling()->set_temperature(0.8);
+        request.mutable_sampling()->set_seed(7);
+      }
+      AwaitStores(*worker);
+      const Output expected = Generate(*client, request);
+      ASSERT_OK(expected.status);
+      // A mapped arena outlives its store: only what the worker looks up or stores tells.
+      size_t next = 5;
+      const Output actual = Generate(*client, request, [&](size_t tokens) {
+        if (tokens < next) return true;
+        next += 145;
+        restart();
+        return true;
+      });
+      EXPECT_OK(actual.status);
+      EXPECT_EQ(actual.tokens, expected.tokens);
+    }
+    const worker::v1::GetLoadResponse load = GetLoad(*worker);
+    if (path == std::string("ucx")) {
+      EXPECT_GE(load.recoveries(), 2u);
+      EXPECT_GT(load.recomputed_tokens(), 0u);
+    }
+  }
+}
+
+TEST_F(SystemTest, StoreGoneForGoodFailsWhoNeedsItAndComesBack) {
   auto store = StartStore();
   const std::string address = store->address();
   const auto worker = StartWorker(address, {"--slots_per_head=-1", "--store_patience=2s"});

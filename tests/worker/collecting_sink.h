@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
@@ -17,6 +19,7 @@ class CollectingSink final : public RequestSink {
  public:
   void OnAccepted(int64_t cached_tokens) override {
     absl::MutexLock lock(&mu_);
+    EXPECT_FALSE(accepted_);
     cached_ = cached_tokens;
     accepted_ = true;
   }
@@ -45,6 +48,7 @@ class CollectingSink final : public RequestSink {
   }
 
   void Wait() { ASSERT_TRUE(done_.WaitForNotificationWithTimeout(absl::Seconds(60))); }
+  bool EndsWithin(absl::Duration timeout) { return done_.WaitForNotificationWithTimeout(timeout); }
   bool ended() const { return done_.HasBeenNotified(); }
   void WaitForTokens(size_t count) {
     absl::MutexLock lock(&mu_);
@@ -64,6 +68,12 @@ class CollectingSink final : public RequestSink {
   Completion completion() const {
     absl::MutexLock lock(&mu_);
     return completion_;
+  }
+  /// No progress was told twice or backwards.
+  bool ProgressGrows() const {
+    absl::MutexLock lock(&mu_);
+    return std::adjacent_find(progress_.begin(), progress_.end(), std::greater_equal<>()) ==
+           progress_.end();
   }
   int64_t cached() const {
     absl::MutexLock lock(&mu_);

@@ -45,22 +45,81 @@ class FakeStore final {
     absl::MutexLock lock(&mu_);
     leases_.clear();
   }
+  /// What strikes the store as the reads of records go by.
+  enum class Strike {
+    kRestart,  // all pages and leases are gone, and the store is there
+    kOutage,   // it is gone for some operations, then there without pages and leases
+    kHiccup,   // one read fails
+    kEvict,    // all pages are gone, leases and store are there
+    kCorrupt,  // CorruptRecords()
+  };
+  /// The strike comes at each `reads`th call of ReadRecords from now, `times` times.
+  void StrikeAt(Strike strike, int reads, int times = 1) {
+    absl::MutexLock lock(&mu_);
+    strike_ = strike;
+    reads_to_strike_ = strike_period_ = reads;
+    strikes_left_ = times;
+  }
+  /// Until the next strike.
+  int reads_to_strike() const {
+    absl::MutexLock lock(&mu_);
+    return reads_to_strike_;
+  }
+  int strikes() const {
+    absl::MutexLock lock(&mu_);
+    return strikes_;
+  }
   /// Flips a bit of every record; prefixes stay right.
   void CorruptRecords() {
     absl::MutexLock lock(&mu_);
+    Corrupt();
+  }
+
+ private:
+  friend class FakeStoreClient;
+  static constexpr int kOutageOperations = 5;
+  struct Page {
+    uint64_t generation = 0;
+    std::vector<std::byte> bytes;
+  };
+
+  void Corrupt() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     for (auto& [key, page] : pages_) {
       for (int r = 0; r < layout_.num_records(); ++r) {
         page.bytes[layout_.record_offset(r)] ^= std::byte{1};
       }
     }
   }
-
- private:
-  friend class FakeStoreClient;
-  struct Page {
-    uint64_t generation = 0;
-    std::vector<std::byte> bytes;
-  };
+  /// Fails an operation during an outage.
+  absl::Status Operate() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    if (outage_ == 0) return absl::OkStatus();
+    --outage_;
+    return absl::UnavailableError("fake store is out");
+  }
+  absl::Status OperateRead() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    if (absl::Status out = Operate(); !out.ok()) return out;
+    if (strikes_left_ == 0 || --reads_to_strike_ > 0) return absl::OkStatus();
+    reads_to_strike_ = strike_period_;
+    --strikes_left_;
+    ++strikes_;
+    switch (strike_) {
+      case Strike::kCorrupt:
+        Corrupt();
+        return absl::OkStatus();
+      case Strike::kHiccup:
+        return absl::UnavailableError("fake store has the hiccups");
+      case Strike::kOutage:
+        outage_ = kOutageOperations;
+        [[fallthrough]];
+      case Strike::kRestart:
+        leases_.clear();
+        [[fallthrough]];
+      case Strike::kEvict:
+        pages_.clear();
+        return Operate();
+    }
+    return absl::OkStatus();
+  }
 
   void Set(Fault& member, Fault fault) {
     absl::MutexLock lock(&mu_);
@@ -81,6 +140,12 @@ class FakeStore final {
   Fault write_fault_ ABSL_GUARDED_BY(mu_) = Fault::kNone;
   Fault lookup_fault_ ABSL_GUARDED_BY(mu_) = Fault::kNone;
   Fault read_fault_ ABSL_GUARDED_BY(mu_) = Fault::kNone;
+  Strike strike_ ABSL_GUARDED_BY(mu_) = Strike::kRestart;
+  int reads_to_strike_ ABSL_GUARDED_BY(mu_) = 0;
+  int strike_period_ ABSL_GUARDED_BY(mu_) = 0;
+  int strikes_left_ ABSL_GUARDED_BY(mu_) = 0;
+  int strikes_ ABSL_GUARDED_BY(mu_) = 0;
+  int outage_ ABSL_GUARDED_BY(mu_) = 0;  // operations that fail yet
 };
 
 /// Completes everything in order on a thread of its own, as the contract says.
@@ -145,6 +210,7 @@ class FakeStoreClient final : public kvstore::StoreClient {
   absl::StatusOr<kvstore::LookupResult> DoLookup(const std::vector<kvstore::PageKey>& keys) {
     absl::MutexLock lock(&store_->mu_);
     if (absl::Status fault = FakeStore::ToStatus(store_->lookup_fault_); !fault.ok()) return fault;
+    if (absl::Status out = store_->Operate(); !out.ok()) return out;
     kvstore::LookupResult result;
     for (const kvstore::PageKey& key : keys) {
       const auto page = store_->pages_.find(key);
@@ -157,6 +223,7 @@ class FakeStoreClient final : public kvstore::StoreClient {
   absl::StatusOr<kvstore::WriteResult> DoWrite(const std::vector<kvstore::PageWrite>& pages) {
     absl::MutexLock lock(&store_->mu_);
     if (absl::Status fault = FakeStore::ToStatus(store_->write_fault_); !fault.ok()) return fault;
+    if (absl::Status out = store_->Operate(); !out.ok()) return out;
     kvstore::WriteResult result;
     for (const kvstore::PageWrite& write : pages) {
       auto [page, added] = store_->pages_.try_emplace(write.key);
@@ -175,9 +242,11 @@ class FakeStoreClient final : public kvstore::StoreClient {
   absl::Status DoReadPrefixes(const std::vector<kvstore::PrefixRead>& reads) {
     absl::MutexLock lock(&store_->mu_);
     if (absl::Status fault = FakeStore::ToStatus(store_->read_fault_); !fault.ok()) return fault;
+    if (absl::Status out = store_->Operate(); !out.ok()) return out;
     for (const kvstore::PrefixRead& read : reads) {
       const auto page = store_->pages_.find(read.page.key);
       if (page == store_->pages_.end()) return absl::NotFoundError("page");
+      if (page->second.generation != read.page.generation) return absl::AbortedError("page");
       std::memcpy(read.landing.data(), page->second.bytes.data(), read.landing.size());
     }
     return absl::OkStatus();
@@ -185,14 +254,17 @@ class FakeStoreClient final : public kvstore::StoreClient {
   absl::Status DoReadRecords(const std::vector<kvstore::RecordRead>& reads) {
     absl::MutexLock lock(&store_->mu_);
     if (absl::Status fault = FakeStore::ToStatus(store_->read_fault_); !fault.ok()) return fault;
+    if (absl::Status out = store_->OperateRead(); !out.ok()) return out;
     for (const kvstore::RecordRead& read : reads) {
       const auto page = store_->pages_.find(read.page.key);
       if (page == store_->pages_.end()) return absl::NotFoundError("page");
+      if (page->second.generation != read.page.generation) return absl::AbortedError("page");
       std::memcpy(read.landing.data(),
                   page->second.bytes.data() + store_->layout_.record_offset(read.record),
                   read.landing.size());
       if (kvstore::PageChecksum(read.page.key, read.page.generation, read.record, read.landing) !=
           read.checksum) {
+        store_->pages_.erase(page);  // as the contract of StoreClient says
         return absl::DataLossError("record checksum differs");
       }
     }

@@ -1,6 +1,7 @@
 #include "worker/engine/engine.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
@@ -14,6 +15,13 @@ using kvstore::kBlockTokens;
 
 /// Blocks of one write: what one reservation asks for at most.
 constexpr size_t kBlocksPerWrite = 16;
+
+/// True for what a sequence survives by computing its pages again: nothing else reaches the backend
+/// from the stores, and none of it says that the request or the device is at fault.
+bool PagesLost(const absl::Status& status) {
+  return absl::IsUnavailable(status) || absl::IsAborted(status) || absl::IsDataLoss(status) ||
+         absl::IsNotFound(status);
+}
 
 }  // namespace
 
@@ -30,25 +38,35 @@ struct Engine::Sequence {
   Request request;
   std::shared_ptr<RequestSink> sink;
   Phase phase = Phase::kQueued;
+  /// In the backend; another one each time that the sequence comes into it.
+  SequenceId id;
   bool in_backend = false;
 
-  std::vector<int32_t> tokens;  // prompt and output
-  int64_t prefill_tokens = 0;   // prompt and what was generated elsewhere
-  int64_t position = 0;         // tokens in the cache
-  int64_t cached_tokens = 0;
+  std::vector<int32_t> tokens;       // prompt and output
+  int64_t prefill_tokens = 0;        // prompt and what was generated elsewhere
+  int64_t position = 0;              // tokens in the cache
+  int64_t cached_tokens = -1;        // found by the first look-up; -1: not yet accepted
+  int64_t progress_tokens = 0;       // of the prefill, as the sink knows it
+  int64_t first_prefill_tokens = 0;  // prefill_tokens before any recovery
+  int recoveries = 0;
+  int64_t lost_position = 0;  // position at the last loss
   CacheCounters cache;
   int64_t pages_written = 0;
 
   kvstore::PageKey namespace_key;
   std::vector<kvstore::PageKey> keys;  // of full blocks, as far as they were needed
   std::vector<kvstore::LeaseId> leases;
+  /// Of before a recovery: held until what is left has been leased anew.
+  std::vector<kvstore::LeaseId> old_leases;
+  /// When to look up again; infinite: no look-up has failed.
+  absl::Time lookup_at = absl::InfiniteFuture();
+  /// Until when failed look-ups are repeated.
+  absl::Time lookup_until = absl::InfinitePast();
   std::deque<FinishedBlock> unstored;
   bool write_in_flight = false;
   absl::Time retry_at = absl::InfinitePast();
   absl::Time stuck_since = absl::InfiniteFuture();  // no headroom, waiting for the store
   absl::Status last_write_error;
-
-  SequenceId id() const { return SequenceId{handle}; }
 
   /// Extends the key chain to `blocks` full blocks.
   void NeedKeys(size_t blocks) {
@@ -70,6 +88,14 @@ absl::Status EngineOptions::Validate() const {
   RETURN_IF_ERROR(positive("prefill_chunk_tokens", limits.chunk_tokens));
   RETURN_IF_ERROR(positive("max_running", max_running));
   RETURN_IF_ERROR(positive("max_queued", max_queued));
+  if (max_recoveries < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_recoveries = ", max_recoveries, ": must be 0 or more"));
+  }
+  if (max_replay_tokens < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_replay_tokens = ", max_replay_tokens, ": must be 0 or more"));
+  }
   if (store_patience <= absl::ZeroDuration() || store_retry_delay <= absl::ZeroDuration()) {
     return absl::InvalidArgumentError("store_patience and store_retry_delay must be positive");
   }
@@ -144,6 +170,7 @@ absl::StatusOr<RequestHandle> Engine::Submit(Request request, std::shared_ptr<Re
   sequence->tokens.insert(sequence->tokens.end(), request.generated.begin(),
                           request.generated.end());
   sequence->prefill_tokens = sequence->tokens.size();
+  sequence->first_prefill_tokens = sequence->prefill_tokens;
   sequence->request = std::move(request);
   sequence->sink = std::move(sink);
   const bool pushed = inbox_.TryPush([this, sequence = std::move(sequence)]() mutable {
@@ -247,6 +274,11 @@ absl::Duration Engine::Housekeep() {
       }
       next = std::min(next, sequence.request.deadline);
     }
+    if (sequence.lookup_at <= now) {
+      LookUp(sequence);
+    } else {
+      next = std::min(next, sequence.lookup_at);
+    }
     if (!sequence.unstored.empty() && !sequence.write_in_flight) {
       if (sequence.retry_at <= now) {
         StoreBlocks(sequence);
@@ -275,10 +307,14 @@ void Engine::AdmitQueued() {
   while (!queue_.empty() && static_cast<int>(running_.size()) < options_.max_running) {
     Sequence& sequence = *sequences_[queue_.front()];
     const int64_t max_tokens = sequence.request.prompt.size() + sequence.request.max_tokens;
-    const absl::Status added = backend_->AddSequence(sequence.id(), max_tokens);
-    // No room until others have left: the first in line waits, so that a large request is not
-    // starved by small ones.
-    if (absl::IsResourceExhausted(added) && sequences_.size() > queue_.size()) return;
+    sequence.id = SequenceId{next_sequence_++};
+    const absl::Status added = backend_->AddSequence(sequence.id, max_tokens);
+    // No room until others, or pages on their way to the store, have left: the first in line waits,
+    // so that a large request is not starved by small ones.
+    if (absl::IsResourceExhausted(added) &&
+        (sequences_.size() > queue_.size() || store_operations_ > 0)) {
+      return;
+    }
     if (!added.ok()) {
       Fail(sequence, added);
       EraseIfDone(sequence.handle);
@@ -294,6 +330,7 @@ void Engine::AdmitQueued() {
 
 void Engine::LookUp(Sequence& sequence) {
   sequence.phase = Sequence::Phase::kLookup;
+  sequence.lookup_at = absl::InfiniteFuture();
   const Request& request = sequence.request;
   sequence.namespace_key = kvstore::NamespaceKey(
       backend_->model_fingerprint(), backend_->layout().fingerprint(),
@@ -326,7 +363,12 @@ void Engine::OnLookup(uint64_t handle, absl::StatusOr<kvstore::LookupResult> res
   if (!result.ok()) {
     // Without a store, only what fits into the worker's own unstored blocks can be served.
     const int64_t tokens = sequence->request.prompt.size() + sequence->request.max_tokens;
-    if (tokens > backend_->Headroom(sequence->id())) {
+    if (tokens > backend_->Headroom(sequence->id)) {
+      const absl::Time retry_at = clock_->Now() + options_.store_retry_delay;
+      if (retry_at <= sequence->lookup_until) {
+        sequence->lookup_at = retry_at;
+        return;
+      }
       Fail(*sequence, Annotate(result.status(), "looking up the prompt in the KV store"));
       EraseIfDone(handle);
       return;
@@ -336,7 +378,7 @@ void Engine::OnLookup(uint64_t handle, absl::StatusOr<kvstore::LookupResult> res
     StartPrefill(*sequence, 0);
     return;
   }
-  sequence->leases = std::move(result->leases);
+  for (const kvstore::LeaseId lease : result->leases) sequence->leases.push_back(lease);
   if (result->pages.empty()) {
     StartPrefill(*sequence, 0);
     return;
@@ -374,7 +416,7 @@ void Engine::OnPrefixes(uint64_t handle, std::vector<kvstore::PageRef> pages,
       bound.push_back(
           {pages[i], absl::MakeConstSpan(*bytes).subspan(i * prefix_bytes, prefix_bytes)});
     }
-    status = backend_->BindPages(sequence->id(), bound);
+    status = backend_->BindPages(sequence->id, bound);
     cached = static_cast<int64_t>(pages.size()) * kBlockTokens;
   }
   if (!status.ok()) {
@@ -391,6 +433,14 @@ void Engine::OnPrefixes(uint64_t handle, std::vector<kvstore::PageRef> pages,
 void Engine::StartPrefill(Sequence& sequence, int64_t cached_tokens) {
   sequence.phase = Sequence::Phase::kRunning;
   sequence.position = cached_tokens;
+  if (!sequence.old_leases.empty()) store_->Release(std::exchange(sequence.old_leases, {}));
+  total_recomputed_tokens_ += std::max<int64_t>(0, sequence.lost_position - cached_tokens);
+  sequence.lost_position = 0;
+  const int64_t tokens = sequence.tokens.size();
+  const int64_t replay = tokens - std::max(sequence.first_prefill_tokens, cached_tokens);
+  sequence.prefill_tokens =
+      replay <= options_.max_replay_tokens ? sequence.first_prefill_tokens : tokens;
+  if (sequence.cached_tokens >= 0) return;  // the sink knows that it runs
   sequence.cached_tokens = cached_tokens;
   sequence.sink->OnAccepted(cached_tokens);
 }
@@ -402,7 +452,7 @@ bool Engine::RunStep() {
   for (uint64_t handle : running_) {
     Sequence& sequence = *sequences_[handle];
     if (sequence.phase != Sequence::Phase::kRunning) continue;
-    const int64_t headroom = backend_->Headroom(sequence.id());
+    const int64_t headroom = backend_->Headroom(sequence.id);
     if (headroom > 0) {
       sequence.stuck_since = absl::InfiniteFuture();
     } else if (sequence.stuck_since == absl::InfiniteFuture()) {
@@ -417,7 +467,7 @@ bool Engine::RunStep() {
     for (const ScheduledItem& one : scheduled) {
       const Sequence& sequence = *candidates[one.view];
       StepItem item;
-      item.sequence = sequence.id();
+      item.sequence = sequence.id;
       item.tokens = absl::MakeConstSpan(sequence.tokens).subspan(sequence.position, one.tokens);
       if (sequence.position + one.tokens == static_cast<int64_t>(sequence.tokens.size())) {
         item.sample = SampleRequest{sequence.request.sampling, sequence.tokens,
@@ -450,6 +500,10 @@ bool Engine::RunStep() {
 void Engine::AfterStep(Sequence& sequence, int64_t tokens, StepItemResult result) {
   sequence.cache += result.counters;
   total_cache_ += result.counters;
+  if (PagesLost(result.status)) {
+    Recover(sequence, result.status);
+    return;
+  }
   if (!result.status.ok()) {
     sequence.unstored.clear();
     Fail(sequence, result.status);
@@ -461,15 +515,17 @@ void Engine::AfterStep(Sequence& sequence, int64_t tokens, StepItemResult result
     for (const kvstore::LeaseId lease : sequence.leases) {
       const absl::Status held = store_->CheckLease(lease);
       if (held.ok()) continue;
-      sequence.unstored.clear();
-      Fail(sequence, held);
+      Recover(sequence, held);
       return;
     }
   }
   sequence.position += tokens;
   for (FinishedBlock& block : result.finished) sequence.unstored.push_back(std::move(block));
-  if (sequence.position <= sequence.prefill_tokens) {
-    sequence.sink->OnPrefillProgress(sequence.position, sequence.prefill_tokens);
+  // After a recovery the sink is told what is new to it.
+  const int64_t progress = std::min(sequence.position, sequence.first_prefill_tokens);
+  if (progress > sequence.progress_tokens) {
+    sequence.progress_tokens = progress;
+    sequence.sink->OnPrefillProgress(progress, sequence.first_prefill_tokens);
   }
   if (result.token.has_value()) TakeToken(sequence, *std::move(result.token));
   if (!sequence.unstored.empty() && !sequence.write_in_flight &&
@@ -488,6 +544,35 @@ void Engine::TakeToken(Sequence& sequence, SampledToken token) {
   sequence.sink->OnToken(token);
   const int64_t generated = sequence.tokens.size() - sequence.request.prompt.size();
   if (generated >= sequence.request.max_tokens) Complete(sequence, FinishReason::kLength);
+}
+
+void Engine::Recover(Sequence& sequence, const absl::Status& cause) {
+  sequence.unstored.clear();
+  if (sequence.recoveries >= options_.max_recoveries) {
+    Fail(sequence,
+         absl::UnavailableError(absl::StrCat("cached pages were lost ", sequence.recoveries + 1,
+                                             " times (max_recoveries = ", options_.max_recoveries,
+                                             "), the last time: ", cause.message())));
+    return;
+  }
+  ++sequence.recoveries;
+  ++total_recoveries_;
+  LogWarning("request {}: pages lost at token {}, computing them again: {}",
+             sequence.request.request_id, sequence.position, cause.ToString());
+  LeaveBackend(sequence);
+  sequence.id = SequenceId{};  // a write in flight is not of the blocks to come
+  for (const kvstore::LeaseId lease : std::exchange(sequence.leases, {})) {
+    sequence.old_leases.push_back(lease);
+  }
+  sequence.lost_position = sequence.position;
+  sequence.position = 0;
+  sequence.stuck_since = absl::InfiniteFuture();
+  sequence.retry_at = absl::InfinitePast();
+  sequence.lookup_until = clock_->Now() + options_.store_patience;
+  // Before all others: it was admitted before them.
+  sequence.phase = Sequence::Phase::kQueued;
+  queue_.push_front(sequence.handle);
+  waiting_.fetch_add(1, std::memory_order_relaxed);
 }
 
 void Engine::StoreBlocks(Sequence& sequence) {
@@ -510,25 +595,38 @@ void Engine::StoreBlocks(Sequence& sequence) {
   ++store_operations_;
   store_->Write(
       position, std::move(writes),
-      [this, handle = sequence.handle,
+      [this, handle = sequence.handle, id = sequence.id,
        blocks = std::move(blocks)](absl::StatusOr<kvstore::WriteResult> result) mutable {
-        Post([this, handle, blocks = std::move(blocks), result = std::move(result)]() mutable {
+        Post([this, handle, id, blocks = std::move(blocks), result = std::move(result)]() mutable {
           --store_operations_;
-          OnWritten(handle, std::move(blocks), std::move(result));
+          OnWritten(handle, id, std::move(blocks), std::move(result));
         });
       });
 }
 
-void Engine::OnWritten(uint64_t handle, std::vector<FinishedBlock> blocks,
+void Engine::OnStaleWrite(Sequence& sequence, const absl::Status& status) {
+  // The blocks are being computed again; that they are stored saves the next write.
+  sequence.write_in_flight = false;
+  sequence.last_write_error = status;
+  EraseIfDone(sequence.handle);
+}
+
+void Engine::OnWritten(uint64_t handle, SequenceId id, std::vector<FinishedBlock> blocks,
                        absl::StatusOr<kvstore::WriteResult> result) {
   Sequence* sequence = Find(handle);
   CHECK(sequence != nullptr);  // a sequence lives until its write is over
+  if (result.ok()) {
+    for (kvstore::LeaseId lease : result->leases) sequence->leases.push_back(lease);
+  }
+  if (sequence->id != id) {
+    OnStaleWrite(*sequence, result.status());
+    return;
+  }
   if (!result.ok()) {
     WriteFailed(*sequence, std::move(blocks), result.status());
     EraseIfDone(handle);
     return;
   }
-  for (kvstore::LeaseId lease : result->leases) sequence->leases.push_back(lease);
   const bool foreign = std::find(result->already_stored.begin(), result->already_stored.end(), 1) !=
                        result->already_stored.end();
   if (foreign && sequence->in_backend) {
@@ -542,12 +640,12 @@ void Engine::OnWritten(uint64_t handle, std::vector<FinishedBlock> blocks,
     }
     ++store_operations_;
     store_->ReadPrefixes(
-        std::move(reads), [this, handle, blocks = std::move(blocks), result = *std::move(result),
-                           prefixes](absl::Status status) mutable {
-          Post([this, handle, blocks = std::move(blocks), result = std::move(result),
+        std::move(reads), [this, handle, id, blocks = std::move(blocks),
+                           result = *std::move(result), prefixes](absl::Status status) mutable {
+          Post([this, handle, id, blocks = std::move(blocks), result = std::move(result),
                 prefixes = std::move(prefixes), status = std::move(status)]() mutable {
             --store_operations_;
-            OnForeignPrefixes(handle, std::move(blocks), std::move(result), std::move(prefixes),
+            OnForeignPrefixes(handle, id, std::move(blocks), std::move(result), std::move(prefixes),
                               std::move(status));
           });
         });
@@ -563,12 +661,16 @@ void Engine::OnWritten(uint64_t handle, std::vector<FinishedBlock> blocks,
   EraseIfDone(handle);
 }
 
-void Engine::OnForeignPrefixes(uint64_t handle, std::vector<FinishedBlock> blocks,
+void Engine::OnForeignPrefixes(uint64_t handle, SequenceId id, std::vector<FinishedBlock> blocks,
                                kvstore::WriteResult result,
                                std::shared_ptr<std::vector<std::byte>> prefixes,
                                absl::Status status) {
   Sequence* sequence = Find(handle);
   CHECK(sequence != nullptr);
+  if (sequence->id != id) {
+    OnStaleWrite(*sequence, status);
+    return;
+  }
   if (!status.ok()) {
     WriteFailed(*sequence, std::move(blocks), status);
     EraseIfDone(handle);
@@ -598,7 +700,7 @@ void Engine::CommitBlocks(Sequence& sequence, const std::vector<FinishedBlock>& 
     sequence.pages_written += written;
     total_pages_written_ += written;
     if (sequence.in_backend) {
-      backend_->CommitBlock(sequence.id(), blocks[i].block, result.pages[i], checksums[i]);
+      backend_->CommitBlock(sequence.id, blocks[i].block, result.pages[i], checksums[i]);
     }
   }
   if (!sequence.unstored.empty()) StoreBlocks(sequence);
@@ -630,7 +732,7 @@ void Engine::Complete(Sequence& sequence, FinishReason reason) {
   completion.reason = reason;
   completion.prompt_tokens = sequence.request.prompt.size();
   completion.completion_tokens = sequence.tokens.size() - sequence.request.prompt.size();
-  completion.cached_prompt_tokens = sequence.cached_tokens;
+  completion.cached_prompt_tokens = std::max<int64_t>(0, sequence.cached_tokens);
   completion.cache = sequence.cache;
   // Blocks on their way count: they are this request's doing.
   completion.pages_written = sequence.pages_written;
@@ -653,9 +755,14 @@ void Engine::Leave(Sequence& sequence) {
   sequence.sink = nullptr;
   sequence.phase = Sequence::Phase::kFlushing;
   sequence.stuck_since = absl::InfiniteFuture();
+  sequence.lookup_at = absl::InfiniteFuture();
+  LeaveBackend(sequence);
+}
+
+void Engine::LeaveBackend(Sequence& sequence) {
   if (!sequence.in_backend) return;
   sequence.in_backend = false;
-  backend_->RemoveSequence(sequence.id());
+  backend_->RemoveSequence(sequence.id);
   running_.erase(std::find(running_.begin(), running_.end(), sequence.handle));
 }
 
@@ -663,7 +770,9 @@ void Engine::EraseIfDone(uint64_t handle) {
   Sequence* sequence = Find(handle);
   if (sequence == nullptr || sequence->phase != Sequence::Phase::kFlushing) return;
   if (sequence->write_in_flight || !sequence->unstored.empty()) return;
-  if (!sequence->leases.empty()) store_->Release(std::move(sequence->leases));
+  for (std::vector<kvstore::LeaseId>* leases : {&sequence->leases, &sequence->old_leases}) {
+    if (!leases->empty()) store_->Release(std::move(*leases));
+  }
   sequences_.erase(handle);
 }
 
@@ -680,6 +789,8 @@ void Engine::PublishLoad() {
   for (uint64_t handle : queue_) load.pending_prefill_tokens += sequences_[handle]->prefill_tokens;
   load.cache = total_cache_;
   load.pages_written = total_pages_written_;
+  load.recoveries = total_recoveries_;
+  load.recomputed_tokens = total_recomputed_tokens_;
   absl::MutexLock lock(&load_mu_);
   load_ = load;
 }

@@ -31,8 +31,16 @@ struct EngineOptions {
   int max_queued = 1024;
   /// How long a sequence may wait for the store to take its finished blocks before it fails.
   absl::Duration store_patience = absl::Seconds(10);
-  /// Between two tries to store the same blocks.
+  /// Between two tries to store the same blocks, or to look up what is left of a sequence's pages.
   absl::Duration store_retry_delay = absl::Milliseconds(100);
+  /// How often one request may lose pages and go on by computing them again; 0 or more. At the next
+  /// loss it fails.
+  int max_recoveries = 16;
+  /// After such a loss, up to so many tokens of output are computed again one by one, in steps of
+  /// the same shape as before, so that the same numbers come out to the last bit; more are
+  /// prefilled in chunks, which is faster and adds in another order (docs/adr/0002-numerics.md). 0
+  /// or more.
+  int64_t max_replay_tokens = 1024;
   /// Runs Backend::CheckIntegrity after every step.
   enum class Integrity { kOff, kEachStep } integrity = Integrity::kOff;
 
@@ -47,6 +55,10 @@ struct EngineLoad {
   int64_t running_tokens = 0;
   CacheCounters cache;        // since the start
   int64_t pages_written = 0;  // since the start
+  /// Since the start: how often a running sequence lost pages and went on, and how many tokens'
+  /// keys and values were computed again for it.
+  int64_t recoveries = 0;
+  int64_t recomputed_tokens = 0;
   bool draining = false;
 };
 
@@ -63,13 +75,18 @@ struct RequestHandle {
 /// found pages pulled -> prefill in chunks -> decode -> told the sink -> finished blocks still
 /// unstored are stored -> leases released.
 ///
+/// A running sequence whose pages are lost (its store died or restarted, a lease ended, a checksum
+/// differs) goes back to the head of the queue with the tokens it has: it is looked up again, and
+/// what the stores do not have is computed again from prompt and output. Sampling depends on seed
+/// and position alone, so the sink sees no gap, no repeat and the same tokens.
+///
 /// Invariants: (1) a request's sink gets one final call, or none after a cancel; (2) one write per
 /// sequence is in flight at a time, so that blocks are stored in chain order; (3) page buffers
 /// live until both backend and store client have let go.
 ///
-/// Errors to sinks: UNAVAILABLE (a store that the request needs is gone), RESOURCE_EXHAUSTED (the
-/// store has had no room for longer than store_patience), DEADLINE_EXCEEDED, ABORTED or DATA_LOSS
-/// (its pages were lost), INTERNAL.
+/// Errors to sinks: UNAVAILABLE (the stores that the request needs are gone, or its pages were lost
+/// more than max_recoveries times), RESOURCE_EXHAUSTED (the store has had no room for longer than
+/// store_patience), DEADLINE_EXCEEDED, INTERNAL.
 class Engine final {
  public:
   /// `store` and `clock` must outlive the engine; `store` must outlive the backend too.
@@ -117,12 +134,16 @@ class Engine final {
   bool RunStep();
   void AfterStep(Sequence& sequence, int64_t tokens, StepItemResult result);
   void TakeToken(Sequence& sequence, SampledToken token);
+  /// The sequence goes on from what its request and the stores have, or fails.
+  void Recover(Sequence& sequence, const absl::Status& cause);
   void StoreBlocks(Sequence& sequence);
-  void OnWritten(uint64_t handle, std::vector<FinishedBlock> blocks,
+  void OnWritten(uint64_t handle, SequenceId id, std::vector<FinishedBlock> blocks,
                  absl::StatusOr<kvstore::WriteResult> result);
-  void OnForeignPrefixes(uint64_t handle, std::vector<FinishedBlock> blocks,
+  void OnForeignPrefixes(uint64_t handle, SequenceId id, std::vector<FinishedBlock> blocks,
                          kvstore::WriteResult result,
                          std::shared_ptr<std::vector<std::byte>> prefixes, absl::Status status);
+  /// A write is over whose sequence has been recovered since.
+  void OnStaleWrite(Sequence& sequence, const absl::Status& status);
   void CommitBlocks(Sequence& sequence, const std::vector<FinishedBlock>& blocks,
                     const kvstore::WriteResult& result,
                     const std::vector<std::vector<uint64_t>>& checksums);
@@ -131,6 +152,7 @@ class Engine final {
   void Complete(Sequence& sequence, FinishReason reason);
   void Fail(Sequence& sequence, const absl::Status& status);
   void Leave(Sequence& sequence);
+  void LeaveBackend(Sequence& sequence);
   void EraseIfDone(uint64_t handle);
   void PublishLoad();
   void Post(Event event);
@@ -153,6 +175,9 @@ class Engine final {
   std::vector<uint64_t> running_;  // in the backend, in order of admission
   CacheCounters total_cache_;
   int64_t total_pages_written_ = 0;
+  int64_t total_recoveries_ = 0;
+  int64_t total_recomputed_tokens_ = 0;
+  uint64_t next_sequence_ = 1;
   int64_t store_operations_ = 0;  // in flight
   bool stopping_ = false;
 
