@@ -139,6 +139,11 @@ void ControlClient::Release(v1::ReleaseRequest request, Done<v1::ReleaseResponse
   impl_->Start(method, absl::Seconds(1), std::move(request), std::move(done));
 }
 
+void ControlClient::Discard(v1::DiscardRequest request, Done<v1::DiscardResponse> done) {
+  const AsyncMethod<v1::DiscardRequest, v1::DiscardResponse> method = &AsyncStub::Discard;
+  impl_->Start(method, absl::Seconds(1), std::move(request), std::move(done));
+}
+
 void ControlClient::Cancel() {
   absl::MutexLock lock(&impl_->mu);
   // Under the lock, so that no context is deleted meanwhile; the completions run on other threads.

@@ -37,6 +37,7 @@ class ControlClient final {
   void Commit(v1::CommitRequest request, Done<v1::CommitResponse> done);
   void Renew(v1::RenewRequest request, Done<v1::RenewResponse> done);
   void Release(v1::ReleaseRequest request, Done<v1::ReleaseResponse> done);
+  void Discard(v1::DiscardRequest request, Done<v1::DiscardResponse> done);
 
   /// Cancels all calls that run. Later ones run normally.
   void Cancel();

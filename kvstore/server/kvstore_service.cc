@@ -100,10 +100,12 @@ absl::Status KvStoreServiceImpl::DoLookup(const v1::LookupRequest& request,
   RETURN_IF_ERROR(CheckEpoch(request.epoch()));
   RETURN_IF_ERROR(CheckCount("keys", request.keys_size(), 1, kMaxLookupKeys));
   ASSIGN_OR_RETURN(const std::vector<PageKey> keys, ParseKeys(request.keys()));
+  const auto scope = request.scope() == v1::LookupRequest::SCOPE_ALL ? PageIndex::Scope::kAll
+                                                                     : PageIndex::Scope::kPrefix;
   PageIndex::LookupResult found;
   {
     absl::MutexLock lock(&mu_);
-    if (index_ != nullptr) found = index_->Lookup(keys, options_.clock->Now());
+    if (index_ != nullptr) found = index_->Lookup(keys, options_.clock->Now(), scope);
   }
   response.mutable_pages()->Reserve(static_cast<int>(found.pages.size()));
   for (const PageIndex::Page& page : found.pages) FillPage(page, response.add_pages());
@@ -287,6 +289,26 @@ grpc::ServerUnaryReactor* KvStoreServiceImpl::Release(grpc::CallbackServerContex
   return Finish(context, absl::OkStatus());
 }
 
+absl::Status KvStoreServiceImpl::DoDiscard(const v1::DiscardRequest& request) {
+  RETURN_IF_ERROR(CheckEpoch(request.epoch()));
+  RETURN_IF_ERROR(CheckCount("pages", request.pages_size(), 0, kMaxPagesPerCall));
+  std::vector<PageIndex::Page> pages;
+  for (int i = 0; i < request.pages_size(); ++i) {
+    const v1::Page& page = request.pages(i);
+    ASSIGN_OR_RETURN(const PageKey key, ParseKey("pages", i, page.key()));
+    pages.push_back({key, page.slot(), page.generation()});
+  }
+  absl::MutexLock lock(&mu_);
+  if (index_ != nullptr) index_->Discard(pages, options_.clock->Now());
+  return absl::OkStatus();
+}
+
+grpc::ServerUnaryReactor* KvStoreServiceImpl::Discard(grpc::CallbackServerContext* context,
+                                                      const v1::DiscardRequest* request,
+                                                      v1::DiscardResponse* response) {
+  return Finish(context, DoDiscard(*request));
+}
+
 grpc::ServerUnaryReactor* KvStoreServiceImpl::GetStats(grpc::CallbackServerContext* context,
                                                        const v1::GetStatsRequest* request,
                                                        v1::GetStatsResponse* response) {
@@ -313,6 +335,7 @@ grpc::ServerUnaryReactor* KvStoreServiceImpl::GetStats(grpc::CallbackServerConte
   response->set_keys_found(stats.keys_found);
   response->set_pages_committed(stats.pages_committed);
   response->set_pages_evicted(stats.pages_evicted);
+  response->set_pages_discarded(stats.pages_discarded);
   response->set_leases_expired(stats.leases_expired);
   response->set_reservations_refused(stats.reservations_refused);
   return Finish(context, absl::OkStatus());

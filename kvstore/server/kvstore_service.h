@@ -55,6 +55,9 @@ class KvStoreServiceImpl final : public v1::KvStoreService::CallbackService {
   grpc::ServerUnaryReactor* Release(grpc::CallbackServerContext* context,
                                     const v1::ReleaseRequest* request,
                                     v1::ReleaseResponse* response) override;
+  grpc::ServerUnaryReactor* Discard(grpc::CallbackServerContext* context,
+                                    const v1::DiscardRequest* request,
+                                    v1::DiscardResponse* response) override;
   grpc::ServerUnaryReactor* GetStats(grpc::CallbackServerContext* context,
                                      const v1::GetStatsRequest* request,
                                      v1::GetStatsResponse* response) override;
@@ -74,6 +77,7 @@ class KvStoreServiceImpl final : public v1::KvStoreService::CallbackService {
   absl::Status DoLookup(const v1::LookupRequest& request, v1::LookupResponse& response);
   absl::Status DoReserve(const v1::ReserveRequest& request, v1::ReserveResponse& response);
   absl::Status DoCommit(const v1::CommitRequest& request);
+  absl::Status DoDiscard(const v1::DiscardRequest& request);
   /// Makes the index at the first Reserve and holds the sizes of later ones to it.
   absl::Status FixPageSize(const v1::ReserveRequest& request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   uint32_t lease_ttl_ms() const {

@@ -21,14 +21,18 @@ PageIndex::PageIndex(const Options& options) : options_(options) {
   }
 }
 
-PageIndex::LookupResult PageIndex::Lookup(absl::Span<const PageKey> keys, absl::Time now) {
+PageIndex::LookupResult PageIndex::Lookup(absl::Span<const PageKey> keys, absl::Time now,
+                                          Scope scope) {
   Expire(now);
   counters_.keys_looked_up += keys.size();
   LookupResult result;
   Lease lease;
   for (const PageKey& key : keys) {
     const auto found = by_key_.find(key);
-    if (found == by_key_.end() || slots_[found->second].state != State::kStored) break;
+    if (found == by_key_.end() || slots_[found->second].state != State::kStored) {
+      if (scope == Scope::kAll) continue;
+      break;
+    }
     LeasePage(found->second, lease);
     result.pages.push_back({key, found->second, slots_[found->second].generation});
   }
@@ -168,6 +172,31 @@ void PageIndex::DropReservation(uint64_t lease_id, const Page& page, absl::Time 
   Quarantine(static_cast<Slot>(page.slot), now);
 }
 
+void PageIndex::Discard(absl::Span<const Page> pages, absl::Time now) {
+  Expire(now);
+  for (const Page& page : pages) {
+    if (page.slot >= slots_.size()) continue;
+    const Slot slot = static_cast<Slot>(page.slot);
+    SlotInfo& info = slots_[slot];
+    if (info.state != State::kStored || info.generation != page.generation ||
+        info.key != page.key) {
+      continue;
+    }
+    info.state = info.leases > 0 ? State::kDiscarded : State::kFree;
+    RefreshEvictable(slot);
+    --stored_;
+    ++counters_.pages_discarded;
+    by_key_.erase(info.key);
+    if (info.leases > 0) {
+      --leased_;
+      ++discarded_;
+    } else {
+      free_.push_back(slot);
+    }
+    RemoveChild(info.parent);
+  }
+}
+
 std::vector<uint64_t> PageIndex::Renew(absl::Span<const uint64_t> lease_ids, absl::Time now) {
   Expire(now);
   std::vector<uint64_t> lost;
@@ -212,6 +241,12 @@ void PageIndex::EndLease(LeaseMap::iterator lease, LeaseEnd end, absl::Time now)
   for (const Slot slot : lease->second.pages) {
     SlotInfo& info = slots_[slot];
     if (--info.leases > 0) continue;
+    if (info.state == State::kDiscarded) {
+      --discarded_;
+      info.state = State::kFree;
+      free_.push_back(slot);
+      continue;
+    }
     --leased_;
     info.last_use = use_counter_;
     RefreshEvictable(slot);
@@ -300,6 +335,7 @@ PageIndex::Stats PageIndex::stats() const {
   stats.slots_stored = stored_;
   stats.slots_reserved = reserved_;
   stats.slots_quarantined = quarantined_.size();
+  stats.slots_discarded = discarded_;
   stats.pages_leased = leased_;
   stats.leases = leases_.size();
   return stats;
@@ -319,15 +355,20 @@ absl::Status PageIndex::CheckIntegrity() const {
   const absl::flat_hash_set<Slot> free(free_.begin(), free_.end());
   if (free.size() != free_.size()) return broken("slot twice in the free list", 0);
   absl::flat_hash_map<PageKey, uint32_t> children;
-  uint64_t stored = 0, reserved = 0, quarantined = 0, leased = 0, evictable = 0, keyed = 0;
+  uint64_t stored = 0, reserved = 0, quarantined = 0, leased = 0, evictable = 0, keyed = 0,
+           discarded = 0;
   for (Slot slot = 0; slot < slots_.size(); ++slot) {
     const SlotInfo& info = slots_[slot];
     if (free.contains(slot) != (info.state == State::kFree)) return broken("free list", slot);
     if (leases[slot] != info.leases) return broken("count of leases", slot);
     if (info.leases > 0) {
-      ++leased;
-      if (info.state != State::kStored) return broken("lease on a slot without page", slot);
+      leased += info.state == State::kStored;
+      if (info.state != State::kStored && info.state != State::kDiscarded) {
+        return broken("lease on a slot without page", slot);
+      }
     }
+    discarded += info.state == State::kDiscarded;
+    if (info.state == State::kDiscarded && info.leases == 0) return broken("discarded", slot);
     stored += info.state == State::kStored;
     reserved += info.state == State::kReserved;
     quarantined += info.state == State::kQuarantined;
@@ -345,6 +386,7 @@ absl::Status PageIndex::CheckIntegrity() const {
   }
   if (keyed != by_key_.size()) return broken("key without slot", 0);
   if (stored != stored_ || reserved != reserved_ || leased != leased_) return broken("counts", 0);
+  if (discarded != discarded_) return broken("count of discarded slots", 0);
   if (quarantined != quarantined_.size()) return broken("count of quarantined slots", 0);
   if (evictable != evictable_.size()) return broken("count of evictable slots", 0);
   if (children != children_) return broken("children", 0);

@@ -20,7 +20,8 @@ namespace nosara::kvstore {
 /// the same calls give the same results. Owned by whoever serialises the calls.
 ///
 /// A slot is free, reserved (being written), stored (visible) or quarantined (its reservation was
-/// abandoned: a late writer may still write into it, so it is kept from reuse for a while).
+/// abandoned: a late writer may still write into it, so it is kept from reuse for a while) or
+/// discarded (its page was found damaged: nobody finds it, and it is free when its leases end).
 ///
 /// Invariants, checked by CheckIntegrity():
 ///  1. each slot is in exactly one state, and the counts of the states add up to num_slots;
@@ -67,12 +68,14 @@ class PageIndex final {
     uint64_t slots_stored = 0;
     uint64_t slots_reserved = 0;
     uint64_t slots_quarantined = 0;
+    uint64_t slots_discarded = 0;
     uint64_t pages_leased = 0;
     uint64_t leases = 0;
     uint64_t keys_looked_up = 0;
     uint64_t keys_found = 0;
     uint64_t pages_committed = 0;
     uint64_t pages_evicted = 0;
+    uint64_t pages_discarded = 0;
     uint64_t leases_expired = 0;
     uint64_t reservations_refused = 0;
   };
@@ -82,8 +85,9 @@ class PageIndex final {
   PageIndex(const PageIndex&) = delete;
   PageIndex& operator=(const PageIndex&) = delete;
 
-  /// Longest stored prefix of `keys`, leased until now + lease_ttl.
-  LookupResult Lookup(absl::Span<const PageKey> keys, absl::Time now);
+  enum class Scope { kPrefix, kAll };
+  /// What is stored of `keys`, leased until now + lease_ttl: the longest prefix, or all.
+  LookupResult Lookup(absl::Span<const PageKey> keys, absl::Time now, Scope scope = Scope::kPrefix);
 
   /// Slots for `keys`, consecutive blocks of a chain behind `parent`. Evicts what it must. All
   /// states are under the one new lease, but for kBusy ones.
@@ -103,6 +107,9 @@ class PageIndex final {
   /// Takes one reservation back into quarantine: its writer wrote nonsense. No-op if it is gone.
   void DropReservation(uint64_t lease_id, const Page& page, absl::Time now);
 
+  /// Takes stored pages out of the index; no-op for those that are not stored as they are named.
+  void Discard(absl::Span<const Page> pages, absl::Time now);
+
   /// Extends leases to now + lease_ttl; returns those that do not live.
   std::vector<uint64_t> Renew(absl::Span<const uint64_t> lease_ids, absl::Time now);
 
@@ -121,14 +128,14 @@ class PageIndex final {
 
  private:
   using Slot = uint32_t;
-  enum class State : uint8_t { kFree, kReserved, kStored, kQuarantined };
+  enum class State : uint8_t { kFree, kReserved, kStored, kQuarantined, kDiscarded };
   struct SlotInfo {
     PageKey key;
     PageKey parent;
     uint64_t generation = 0;
     uint64_t last_use = 0;  // value of use_counter_ when its last lease ended
     uint64_t writer = 0;    // lease of the reservation, while reserved
-    uint32_t leases = 0;    // live leases on the stored page
+    uint32_t leases = 0;    // live leases on the stored or discarded page
     State state = State::kFree;
     bool evictable = false;  // is in evictable_
   };
@@ -169,8 +176,9 @@ class PageIndex final {
   uint64_t use_counter_ = 0;
   uint64_t stored_ = 0;
   uint64_t reserved_ = 0;
-  uint64_t leased_ = 0;
-  Stats counters_;  // only the counters, not the gauges
+  uint64_t leased_ = 0;     // stored pages under a lease
+  uint64_t discarded_ = 0;  // slots
+  Stats counters_;          // only the counters, not the gauges
 };
 
 }  // namespace nosara::kvstore

@@ -212,6 +212,51 @@ TEST_F(PageIndexTest, ADroppedReservationIsQuarantinedAndItsKeyIsFree) {
   EXPECT_EQ(again->pages[0].state, State::kReserved);
 }
 
+TEST_F(PageIndexTest, ADiscardedPageIsGoneAtOnceAndItsSlotWhenItsLeasesEnd) {
+  PageIndex index(Options(2));
+  const uint64_t lease = Store(index, 0, 2, kRoot);
+  const auto found = index.Lookup(Keys(0, 2), now_);
+  PageIndex::Page other = found.pages[0];
+  ++other.generation;
+  index.Discard({other}, now_);
+  EXPECT_EQ(index.stats().pages_discarded, 0u) << "another generation";
+  index.Discard({found.pages[0]}, now_);
+  index.Discard({found.pages[0]}, now_);
+  ASSERT_OK(index.CheckIntegrity());
+  EXPECT_EQ(index.stats().pages_discarded, 1u);
+  EXPECT_EQ(index.stats().slots_discarded, 1u);
+  EXPECT_TRUE(index.Lookup(Keys(0, 2), now_).pages.empty());
+  // The reader's lease holds the slot.
+  EXPECT_THAT(index.Reserve(Keys(0, 1), Key(kRoot), now_),
+              StatusIs(absl::StatusCode::kResourceExhausted, "store full"));
+  Release(index, lease, now_);
+  Release(index, found.lease_id, now_);
+  ASSERT_OK(index.CheckIntegrity());
+  EXPECT_EQ(index.stats().slots_discarded, 0u);
+  const auto again = index.Reserve(Keys(0, 1), Key(kRoot), now_);
+  ASSERT_OK(again);
+  EXPECT_EQ(again->pages[0].state, State::kReserved);
+  EXPECT_EQ(again->pages[0].page.generation, found.pages[0].generation + 1);
+  // Without a lease: free at once.
+  const auto tail = index.Lookup(Keys(1, 2), now_);
+  Release(index, tail.lease_id, now_);
+  index.Discard(tail.pages, now_);
+  ASSERT_OK(index.CheckIntegrity());
+  EXPECT_EQ(index.stats().slots_free, 1u);
+}
+
+TEST_F(PageIndexTest, AllThatIsStoredOfSomeKeysIsFoundWhereAsked) {
+  PageIndex index(Options(8));
+  Store(index, 0, 2, kRoot);
+  Store(index, 4, 6);
+  EXPECT_EQ(index.Lookup(Keys(0, 8), now_).pages.size(), 2u);
+  const auto all = index.Lookup(Keys(0, 8), now_, PageIndex::Scope::kAll);
+  ASSERT_EQ(all.pages.size(), 4u);
+  EXPECT_EQ(all.pages[2].key, Key(4));
+  EXPECT_EQ(index.Lookup(Keys(2, 5), now_, PageIndex::Scope::kAll).pages.size(), 1u);
+  ASSERT_OK(index.CheckIntegrity());
+}
+
 TEST_F(PageIndexTest, RefusesRepeatedAndSelfParentedKeys) {
   PageIndex index(Options(4));
   EXPECT_THAT(index.Reserve({Key(1), Key(1)}, Key(0), now_),
@@ -252,7 +297,7 @@ TEST_F(PageIndexTest, RandomOperationsKeepTheInvariants) {
       expire();
       index.Expire(now_);
       const int chain = static_cast<int>(random() % 5);
-      switch (random() % 6) {
+      switch (random() % 7) {
         case 0: {  // look a chain up
           const int length = 1 + static_cast<int>(random() % 12);
           const auto found = index.Lookup(chain_keys(chain, 0, length), now_);
@@ -309,6 +354,20 @@ TEST_F(PageIndexTest, RandomOperationsKeepTheInvariants) {
             it->second.pages[n] = page;
           }
           it->second.reservations.clear();
+          break;
+        }
+        case 6: {  // discard a page that somebody has leased
+          if (leases.empty() || random() % 4 != 0) break;
+          const auto it = std::next(leases.begin(), static_cast<long>(random() % leases.size()));
+          if (it->second.pages.empty()) break;
+          const auto [n, page] = *it->second.pages.begin();
+          index.Discard({page}, now_);
+          for (auto& [id, lease] : leases) {
+            const auto held = lease.pages.find(n);
+            if (held != lease.pages.end() && held->second.generation == page.generation) {
+              lease.pages.erase(held);
+            }
+          }
           break;
         }
         case 5: {  // release or renew
