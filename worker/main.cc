@@ -21,6 +21,8 @@ ABSL_FLAG(std::string, model_name, "", "name that requests ask for");
 ABSL_FLAG(std::string, worker_id, "",
           "name of this worker in its cluster; empty: host name and process id");
 ABSL_FLAG(std::vector<std::string>, stores, {}, "KV store nodes, host:port, separated by commas");
+ABSL_FLAG(int32_t, replicas, 1,
+          "copies of each page on different stores, where there are so many: 1 to 8");
 ABSL_FLAG(std::string, store_path, "auto",
           "how bytes travel between worker and store: auto, mapped (shared memory of this machine) "
           "or ucx");
@@ -100,6 +102,7 @@ absl::Status Run() {
     store.address = address;
     options.stores.push_back(store);
   }
+  options.replicas = absl::GetFlag(FLAGS_replicas);
   ASSIGN_OR_RETURN(options.store_path, ParseDataPath(absl::GetFlag(FLAGS_store_path)));
   options.ucx_tls = absl::GetFlag(FLAGS_ucx_tls);
   ASSIGN_OR_RETURN(options.backend.policy, ParsePolicy(absl::GetFlag(FLAGS_attention)));

@@ -34,6 +34,9 @@ absl::Status WorkerServerOptions::Validate() const {
   if (stores.empty()) {
     return absl::InvalidArgumentError("stores: none given; at least one host:port is needed");
   }
+  if (replicas < 1 || replicas > 8) {
+    return absl::InvalidArgumentError(absl::StrCat("replicas = ", replicas, ": must be 1 to 8"));
+  }
   return engine.Validate();
 }
 
@@ -53,6 +56,7 @@ absl::Status WorkerServer::Start(WorkerServerOptions options) {
   ASSIGN_OR_RETURN(const kvstore::PageLayout layout, CpuBackend::LayoutFor(checkpoint_->config()));
   kvstore::GrpcStoreClientOptions store(layout);
   store.stores = options_.stores;
+  store.replicas = static_cast<size_t>(options_.replicas);
   store.data_path = options_.store_path;
   store.ucx_tls = options_.ucx_tls;
   ASSIGN_OR_RETURN(store_, kvstore::GrpcStoreClient::Create(std::move(store)));

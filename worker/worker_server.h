@@ -35,6 +35,8 @@ struct WorkerServerOptions {
   std::string worker_id = "worker";
   /// The KV store nodes; at least one.
   std::vector<kvstore::StoreEndpoint> stores;
+  /// Copies of each page on different stores, where there are so many: 1 to 8.
+  int replicas = 1;
   kvstore::DataPath store_path = kvstore::DataPath::kAuto;
   /// UCX transports, in UCX's notation; empty: UCX chooses.
   std::string ucx_tls;

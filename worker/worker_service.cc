@@ -300,6 +300,10 @@ class WorkerServiceImpl final : public v1::WorkerService::CallbackService {
     CacheToProto(load.cache, load.pages_written, response->mutable_cache());
     response->set_recoveries(load.recoveries);
     response->set_recomputed_tokens(load.recomputed_tokens);
+    const kvstore::ClientStats stores = store_->stats();
+    response->set_reads_failed_over(stores.reads_failed_over);
+    response->set_copies_missing(stores.copies_missing);
+    response->set_pages_discarded(stores.pages_discarded);
     for (std::string& address : store_->UnreachableStores()) {
       response->add_unreachable_stores(std::move(address));
     }

@@ -28,7 +28,7 @@ struct LeaseId {
   friend bool operator==(LeaseId a, LeaseId b) { return a.value == b.value; }
 };
 
-/// Where a page lies; valid while its lease is.
+/// Where a copy of a page lies; valid while its lease is.
 struct PageRef {
   PageKey key;
   StoreId store;
@@ -67,11 +67,17 @@ struct PrefixRead {
   absl::Span<std::byte> landing;
 };
 
-/// Pages of one chain to store, the first block of the chain being block 0.
+/// Consecutive blocks of a chain that are placed together: blocks 16g .. 16g+15.
+inline constexpr size_t kGroupBlocks = 16;
+
+/// Where in its chain the first one of some blocks is.
 struct ChainPosition {
-  /// Key of block 0 of the chain: decides the store, so that a chain stays together.
-  PageKey head;
-  /// Key of the block before the first one written; the namespace key for block 0.
+  /// Its number; the first block of the chain is block 0.
+  size_t block = 0;
+  /// Key of the first block of its group, which decides the stores: its own key where it begins
+  /// the group.
+  PageKey group;
+  /// Key of the block before it; the namespace key for block 0.
   PageKey parent;
 };
 
@@ -84,14 +90,17 @@ struct PageWrite {
 };
 
 struct LookupResult {
-  /// The longest known prefix of the keys asked for; element i is the page of key i.
+  /// The longest known prefix of the keys asked for, over all stores; element i is the nearest copy
+  /// of the page of key i.
   std::vector<PageRef> pages;
-  /// One lease per store that holds some of them; they keep the pages until released or expired.
+  /// One lease per store that holds copies of some of them; they keep the pages until released or
+  /// expired.
   std::vector<LeaseId> leases;
 };
 
 struct WriteResult {
-  /// Element i is the page of write i (already there or newly committed), under `leases`.
+  /// Element i is a copy of the page of write i (already there or newly committed); `leases` hold
+  /// it and the other copies.
   std::vector<PageRef> pages;
   /// Element i is 1 when page i was stored already (by somebody else): its bytes, and so its
   /// checksums, need not be those that were offered; read its prefix before its records. Else 0.
@@ -110,6 +119,12 @@ struct ClientStats {
   uint64_t page_bytes_written = 0;
   uint64_t verification_failures = 0;
   uint64_t leases_lost = 0;
+  /// Reads of records and prefixes that another copy than the one asked for has served.
+  uint64_t reads_failed_over = 0;
+  /// Copies of written pages that no store took, of those that there should be.
+  uint64_t copies_missing = 0;
+  /// Pages reported to their stores as damaged.
+  uint64_t pages_discarded = 0;
   uint64_t records_by_mapped = 0;
   uint64_t records_by_in_process = 0;
   uint64_t records_by_ucx = 0;
@@ -122,9 +137,14 @@ struct ClientStats {
 /// into a queue of the caller or signals a notification). After Close(), operations complete with
 /// CANCELLED; Close() returns once no completion is outstanding.
 ///
+/// A page may have copies on several stores. A read goes to the copy that its PageRef names, and
+/// where that fails to another one under the client's leases; what a copy holds is verified against
+/// that copy's own checksums.
+///
 /// Errors, all operations: UNAVAILABLE (store cannot be reached or does not answer in time; safe to
 /// retry), ABORTED (lease lost or slot reused: look the page up again), NOT_FOUND (page unknown:
-/// recompute), DATA_LOSS (verification failed: drop the page, recompute), RESOURCE_EXHAUSTED (store
+/// recompute), DATA_LOSS (verification failed: the client has asked the store to discard the page;
+/// recompute), RESOURCE_EXHAUSTED (store
 /// full; try later), INVALID_ARGUMENT (our bug or another layout), CANCELLED (closed).
 class StoreClient {
  public:
@@ -139,14 +159,16 @@ class StoreClient {
   /// Finds the longest known prefix of `keys` and leases it. Idempotent (another lease each time).
   virtual void Lookup(std::vector<PageKey> keys, Done<LookupResult> done) = 0;
 
-  /// Stores pages: reserve, one-sided write, commit. All or nothing per call as far as the caller
-  /// sees: on an error none of the pages is to be relied on (those already committed are evicted in
-  /// time). Idempotent: pages that exist are leased, not written again.
+  /// Stores consecutive pages: reserve, one-sided write, commit; as many copies of each as the
+  /// client is set to, and at least one. All or nothing per call as far as the caller sees: on an
+  /// error none of the pages is to be relied on (those already committed are evicted in time).
+  /// Idempotent: pages that exist are leased, not written again.
   virtual void Write(ChainPosition position, std::vector<PageWrite> pages,
                      Done<WriteResult> done) = 0;
 
-  /// Reads and verifies page prefixes.
-  virtual void ReadPrefixes(std::vector<PrefixRead> reads, DoneStatus done) = 0;
+  /// Reads and verifies page prefixes. Element i of the answer is the copy that landing i is the
+  /// prefix of: the one asked for, or another one; the checksums in it are those of that copy.
+  virtual void ReadPrefixes(std::vector<PrefixRead> reads, Done<std::vector<PageRef>> done) = 0;
 
   /// Reads and verifies records. On an error the contents of all landing slots are undefined.
   virtual void ReadRecords(std::vector<RecordRead> reads, DoneStatus done) = 0;

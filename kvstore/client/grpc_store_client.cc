@@ -7,20 +7,19 @@
 #include "absl/synchronization/mutex.h"
 #include "base/check.h"
 #include "base/log.h"
-#include "kvstore/client/control_client.h"
+#include "kvstore/client/chain_lookup.h"
+#include "kvstore/client/copy_table.h"
+#include "kvstore/client/failover_reader.h"
 #include "kvstore/client/lease_keeper.h"
 #include "kvstore/client/page_writer.h"
-#include "kvstore/client/placement.h"
-#include "kvstore/client/store_connection.h"
+#include "kvstore/client/replica_writer.h"
+#include "kvstore/client/store_set.h"
 
 namespace nosara::kvstore {
 namespace {
 
 constexpr size_t kMaxLookupKeys = 65536;
 constexpr size_t kMaxWritePages = 1024;
-/// Lookup is tried again once, on a new connection: the usual error is a connection to a store that
-/// has restarted since.
-constexpr int kAttempts = 2;
 constexpr absl::Duration kReconnectPeriod = absl::Seconds(1);
 
 }  // namespace
@@ -37,6 +36,9 @@ absl::Status GrpcStoreClientOptions::Validate() const {
             absl::StrCat("stores[", i, "].address = ", stores[i].address, ": occurs twice"));
       }
     }
+  }
+  if (replicas < 1 || replicas > 8) {
+    return absl::InvalidArgumentError(absl::StrCat("replicas = ", replicas, ": must be 1 to 8"));
   }
   if (window < 1 || window > 4096) {
     return absl::InvalidArgumentError(absl::StrCat("window = ", window, ": must be 1 to 4096"));
@@ -56,22 +58,26 @@ class GrpcStoreClient::Impl final {
  public:
   explicit Impl(GrpcStoreClientOptions options)
       : options_(std::move(options)),
-        leases_(options_.clock, &stores_, options_.stores.size(), &transfers_),
+        leases_(options_.clock, &stores_, &transfers_),
         writer_(WriterOptions()),
+        replicas_(ReplicaOptions()),
+        lookup_(LookupOptions()),
+        reader_({options_.layout, &stores_, &transfers_, &copies_}),
         transfers_(TransferOptions()) {
-    for (size_t i = 0; i < options_.stores.size(); ++i) {
+    std::vector<std::string> addresses;
+    for (const StoreEndpoint& store : options_.stores) addresses.push_back(store.address);
+    CHECK(stores_.SetMembers(addresses, [this](size_t store, const std::string& address) {
       StoreConnection::Options connection;
-      connection.store = i;
-      connection.address = options_.stores[i].address;
-      connection.channel = options_.stores[i].channel;
-      connection.in_process_arena = options_.stores[i].in_process_arena;
+      connection.store = store;
+      connection.address = address;
+      connection.channel = options_.stores[store].channel;
+      connection.in_process_arena = options_.stores[store].in_process_arena;
       connection.transfer_thread = &transfers_;
-      connection.on_session = [this, i](uint64_t epoch, absl::Duration lease_ttl) {
-        leases_.OnSession(i, epoch, lease_ttl);
+      connection.on_session = [this, store](uint64_t epoch, absl::Duration lease_ttl) {
+        leases_.OnSession(store, epoch, lease_ttl);
       };
-      names_.push_back(options_.stores[i].address);
-      stores_.push_back(std::make_unique<StoreConnection>(std::move(connection)));
-    }
+      return std::make_unique<StoreConnection>(std::move(connection));
+    }));
     transfers_.Run([this] { KeepConnected(); });
   }
 
@@ -85,15 +91,17 @@ class GrpcStoreClient::Impl final {
       return;
     }
     if (keys.size() > kMaxLookupKeys) keys.resize(kMaxLookupKeys);
-    const size_t store = HomeStore(names_, keys[0]);
-    TryLookup(store, std::move(keys), std::move(done), 1);
+    lookup_.Lookup(std::move(keys), std::move(done));
   }
 
   void Write(ChainPosition position, std::vector<PageWrite> pages, Done<WriteResult> done);
-  void ReadPrefixes(const std::vector<PrefixRead>& reads, DoneStatus done);
+  void ReadPrefixes(const std::vector<PrefixRead>& reads, Done<std::vector<PageRef>> done);
   void ReadRecords(const std::vector<RecordRead>& reads, DoneStatus done);
 
-  void Release(const std::vector<LeaseId>& leases) { leases_.Release(leases); }
+  void Release(const std::vector<LeaseId>& leases) {
+    copies_.Remove(leases);
+    leases_.Release(leases);
+  }
   absl::Status CheckLease(LeaseId lease) const { return leases_.Check(lease); }
 
   ClientStats stats() const {
@@ -102,6 +110,9 @@ class GrpcStoreClient::Impl final {
     stats.leases_lost = leases_.lost();
     stats.pages_written = writer_.pages_written();
     stats.pages_already_stored = writer_.pages_already_stored();
+    stats.reads_failed_over = reader_.reads_failed_over();
+    stats.copies_missing = replicas_.copies_missing();
+    stats.pages_discarded = reader_.pages_discarded();
     return stats;
   }
 
@@ -111,15 +122,15 @@ class GrpcStoreClient::Impl final {
   const PageLayout& layout() const { return options_.layout; }
   Path PathTo(StoreId store) const {
     CHECK(store.value < stores_.size());
-    return stores_[store.value]->path();
+    return stores_.at(store.value).path();
   }
   std::shared_ptr<const MappedArena> Map(StoreId store) const {
-    return store.value < stores_.size() ? stores_[store.value]->arena() : nullptr;
+    return store.value < stores_.size() ? stores_.at(store.value).arena() : nullptr;
   }
   std::vector<std::string> UnreachableStores() const {
     std::vector<std::string> addresses;
-    for (const auto& store : stores_) {
-      if (store->unreachable()) addresses.push_back(store->address());
+    for (const size_t store : stores_.members()) {
+      if (stores_.at(store).unreachable()) addresses.push_back(stores_.at(store).address());
     }
     return addresses;
   }
@@ -127,16 +138,15 @@ class GrpcStoreClient::Impl final {
  private:
   TransferThread::Options TransferOptions() {
     TransferThread::Options options{options_.layout};
-    options.num_stores = options_.stores.size();
     options.window = options_.window;
     options.stall_timeout = options_.stall_timeout;
     options.path = options_.data_path;
     options.ucx_tls = options_.ucx_tls;
     options.wrap_transport = options_.wrap_transport;
     options.on_broken = [this](size_t store, const absl::Status& status) {
-      LogWarning("data path to store {} is broken: {}", names_[store],
+      LogWarning("data path to store {} is broken: {}", stores_.at(store).address(),
                  std::string(status.message()));
-      stores_[store]->DataPathBroken();
+      stores_.at(store).DataPathBroken();
     };
     return options;
   }
@@ -172,11 +182,8 @@ class GrpcStoreClient::Impl final {
   }
   bool Idle() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return operations_ == 0; }
 
-  void TryLookup(size_t store, std::vector<PageKey> keys, Done<LookupResult> done, int attempt);
-  void OnLookup(size_t store, uint64_t epoch, absl::Time sent, const std::vector<PageKey>& keys,
-                const v1::LookupResponse& response, Done<LookupResult> done);
-
-  void SubmitReads(std::vector<TransferThread::Piece> pieces, absl::Status valid, DoneStatus done);
+  void Read(std::vector<TransferThread::Piece> pieces, absl::Status valid,
+            Done<std::vector<PageRef>> done);
   /// Tries to reach stores that are not connected, from time to time.
   void KeepConnected();
   PageWriter::Options WriterOptions() {
@@ -189,80 +196,43 @@ class GrpcStoreClient::Impl final {
     return options;
   }
 
+  ReplicaWriter::Options ReplicaOptions() {
+    ReplicaWriter::Options options;
+    options.replicas = options_.replicas;
+    options.stores = &stores_;
+    options.leases = &leases_;
+    options.copies = &copies_;
+    options.writer = &writer_;
+    return options;
+  }
+  ChainLookup::Options LookupOptions() {
+    ChainLookup::Options options;
+    options.replicas = options_.replicas;
+    options.clock = options_.clock;
+    options.stores = &stores_;
+    options.leases = &leases_;
+    options.copies = &copies_;
+    options.closed = [this] { return IsClosed(); };
+    return options;
+  }
+
   // Constant after construction.
   const GrpcStoreClientOptions options_;
-  std::vector<std::string> names_;
-  std::vector<std::unique_ptr<StoreConnection>> stores_;
 
   mutable absl::Mutex mu_;
   size_t operations_ ABSL_GUARDED_BY(mu_) = 0;
   bool closed_ ABSL_GUARDED_BY(mu_) = false;
 
   // Have their own synchronisation.
+  StoreSet stores_;
+  CopyTable copies_;
   LeaseKeeper leases_;
   PageWriter writer_;
+  ReplicaWriter replicas_;
+  ChainLookup lookup_;
+  FailoverReader reader_;
   TransferThread transfers_;  // last: ends first, its callbacks use the rest
 };
-
-// --- Lookup -------------------------------------------------------------------------------------
-
-void GrpcStoreClient::Impl::TryLookup(size_t store, std::vector<PageKey> keys,
-                                      Done<LookupResult> done, int attempt) {
-  stores_[store]->WhenReady([this, store, keys = std::move(keys), done = std::move(done),
-                             attempt](absl::StatusOr<StoreConnection::Session> session) mutable {
-    if (!session.ok()) {
-      std::move(done)(session.status());
-      return;
-    }
-    v1::LookupRequest request;
-    request.set_epoch(session->epoch);
-    for (const PageKey& key : keys) request.add_keys(key.bytes.data(), key.bytes.size());
-    const absl::Time sent = options_.clock->Now();
-    const uint64_t epoch = session->epoch;
-    stores_[store]->control().Lookup(
-        std::move(request),
-        [this, store, epoch, sent, keys = std::move(keys), done = std::move(done),
-         attempt](absl::StatusOr<v1::LookupResponse> response) mutable {
-          if (response.ok()) {
-            OnLookup(store, epoch, sent, keys, *response, std::move(done));
-            return;
-          }
-          if (IsConnectionError(response.status())) {
-            stores_[store]->Doubt(epoch);
-            if (attempt < kAttempts && !IsClosed()) {
-              TryLookup(store, std::move(keys), std::move(done), attempt + 1);
-              return;
-            }
-          }
-          std::move(done)(response.status());
-        });
-  });
-}
-
-void GrpcStoreClient::Impl::OnLookup(size_t store, uint64_t epoch, absl::Time sent,
-                                     const std::vector<PageKey>& keys,
-                                     const v1::LookupResponse& response, Done<LookupResult> done) {
-  LookupResult result;
-  if (response.lease_id() != 0) {
-    result.leases.push_back(leases_.Add(store, epoch, response.lease_id(), sent,
-                                        absl::Milliseconds(response.lease_ttl_ms())));
-  }
-  absl::Status status;
-  if (static_cast<size_t>(response.pages_size()) > keys.size()) {
-    status = absl::InternalError("store answered with more pages than keys");
-  }
-  for (int i = 0; status.ok() && i < response.pages_size(); ++i) {
-    absl::StatusOr<PageRef> page = ParsePage(response.pages(i), keys[i], store);
-    if (page.ok()) result.pages.push_back(*page);
-    status = page.status();
-  }
-  if (!status.ok()) {
-    leases_.Release(result.leases);
-    std::move(done)(status);
-    return;
-  }
-  std::move(done)(std::move(result));
-}
 
 // --- Write ---------------------------------------------------------------------------------------
 
@@ -285,12 +255,13 @@ void GrpcStoreClient::Impl::Write(ChainPosition position, std::vector<PageWrite>
       return;
     }
   }
-  writer_.Write(HomeStore(names_, position.head), position, std::move(pages), std::move(done));
+  replicas_.Write(position, std::move(pages), std::move(done));
 }
 
 // --- Reads --------------------------------------------------------------------------------------
 
-void GrpcStoreClient::Impl::ReadPrefixes(const std::vector<PrefixRead>& reads, DoneStatus done) {
+void GrpcStoreClient::Impl::ReadPrefixes(const std::vector<PrefixRead>& reads,
+                                         Done<std::vector<PageRef>> done) {
   absl::Status valid;
   std::vector<TransferThread::Piece> pieces;
   pieces.reserve(reads.size());
@@ -310,7 +281,7 @@ void GrpcStoreClient::Impl::ReadPrefixes(const std::vector<PrefixRead>& reads, D
     piece.local = read.landing;
     pieces.push_back(piece);
   }
-  SubmitReads(std::move(pieces), std::move(valid), std::move(done));
+  Read(std::move(pieces), std::move(valid), std::move(done));
 }
 
 void GrpcStoreClient::Impl::ReadRecords(const std::vector<RecordRead>& reads, DoneStatus done) {
@@ -336,25 +307,30 @@ void GrpcStoreClient::Impl::ReadRecords(const std::vector<RecordRead>& reads, Do
     piece.local = read.landing;
     pieces.push_back(piece);
   }
-  SubmitReads(std::move(pieces), std::move(valid), std::move(done));
+  Read(std::move(pieces), std::move(valid),
+       [done = std::move(done)](absl::StatusOr<std::vector<PageRef>> copies) mutable {
+         std::move(done)(copies.status());
+       });
 }
 
-void GrpcStoreClient::Impl::SubmitReads(std::vector<TransferThread::Piece> pieces,
-                                        absl::Status valid, DoneStatus done) {
+void GrpcStoreClient::Impl::Read(std::vector<TransferThread::Piece> pieces, absl::Status valid,
+                                 Done<std::vector<PageRef>> done) {
   done = Track(std::move(done));
   if (Refuse(done)) return;
   if (!valid.ok()) {
     Fail(std::move(done), std::move(valid));
     return;
   }
-  transfers_.Submit(std::move(pieces), std::move(done));
+  reader_.Read(std::move(pieces), std::move(done));
 }
 
 // --- Connections ---------------------------------------------------------------------------------
 
 void GrpcStoreClient::Impl::KeepConnected() {
   if (IsClosed()) return;
-  for (auto& store : stores_) store->WhenReady([](absl::StatusOr<StoreConnection::Session>) {});
+  for (size_t store = 0; store < stores_.size(); ++store) {
+    stores_.at(store).WhenReady([](absl::StatusOr<StoreConnection::Session>) {});
+  }
   transfers_.RunAfter(kReconnectPeriod, [this] { KeepConnected(); });
 }
 
@@ -368,11 +344,12 @@ void GrpcStoreClient::Impl::Connect(DoneStatus done) {
     DoneStatus done;
   };
   auto state = std::make_shared<State>();
-  state->remaining = stores_.size();
+  const std::vector<size_t> members = stores_.members();
+  state->remaining = members.size();
   state->done = std::move(done);
-  transfers_.Run([this, state] {
-    for (auto& store : stores_) {
-      store->WhenReady([state](absl::StatusOr<StoreConnection::Session> session) {
+  transfers_.Run([this, state, members] {
+    for (const size_t store : members) {
+      stores_.at(store).WhenReady([state](absl::StatusOr<StoreConnection::Session> session) {
         DoneStatus last;
         {
           absl::MutexLock lock(&state->mu);
@@ -392,14 +369,14 @@ void GrpcStoreClient::Impl::Close() {
   }
   leases_.Close();
   writer_.Close();
-  for (auto& store : stores_) store->control().Cancel();
+  for (size_t store = 0; store < stores_.size(); ++store) stores_.at(store).control().Cancel();
   transfers_.CloseEndpoints();
   {
     absl::MutexLock lock(&mu_);
     mu_.Await(absl::Condition(this, &Impl::Idle));
   }
   leases_.ReleaseAll();
-  for (auto& store : stores_) store->control().WaitIdle();
+  for (size_t store = 0; store < stores_.size(); ++store) stores_.at(store).control().WaitIdle();
 }
 
 // --- The public face ----------------------------------------------------------------------------
@@ -422,7 +399,7 @@ void GrpcStoreClient::Write(ChainPosition position, std::vector<PageWrite> pages
                             Done<WriteResult> done) {
   impl_->Write(position, std::move(pages), std::move(done));
 }
-void GrpcStoreClient::ReadPrefixes(std::vector<PrefixRead> reads, DoneStatus done) {
+void GrpcStoreClient::ReadPrefixes(std::vector<PrefixRead> reads, Done<std::vector<PageRef>> done) {
   impl_->ReadPrefixes(reads, std::move(done));
 }
 void GrpcStoreClient::ReadRecords(std::vector<RecordRead> reads, DoneStatus done) {

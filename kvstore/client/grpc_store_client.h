@@ -22,7 +22,7 @@ namespace nosara::kvstore {
 
 /// One store node, as a client finds it.
 struct StoreEndpoint {
-  /// "host:port" of the control plane. Also decides which chains live there: all clients must use
+  /// "host:port" of the control plane. Also decides which pages live there: all clients must use
   /// the same names for the same stores.
   std::string address;
   /// Channel to use instead of a connection to `address`; for a store in this process. May be null.
@@ -37,6 +37,8 @@ struct GrpcStoreClientOptions {
   PageLayout layout;
   /// At least one.
   std::vector<StoreEndpoint> stores;
+  /// Copies of each page, where there are so many stores: 1 to 8.
+  size_t replicas = 1;
   /// How bytes may travel.
   DataPath data_path = DataPath::kAuto;
   /// UCX transports, in UCX's notation ("tcp", "sm,self,tcp"); empty: UCX chooses.
@@ -57,8 +59,9 @@ struct GrpcStoreClientOptions {
 };
 
 /// See StoreClient. Connects lazily: stores may start later than the client, may die and come back;
-/// an operation fails when its store cannot be reached at that time. A chain lives on the store
-/// that rendezvous hashing of its first key gives; Lookup takes keys from the start of a chain.
+/// an operation fails when no store that it needs can be reached at that time. Groups of 16 blocks
+/// are placed on stores by rendezvous hashing (docs/adr/0010-placement-and-copies.md); Lookup takes
+/// keys from the start of a chain.
 ///
 /// Beyond StoreClient's contract: Write takes at most 1,024 pages per call, Lookup looks at no more
 /// than 65,536 keys; Write waits for pages that another client is writing, then fails with ABORTED,
@@ -72,7 +75,7 @@ class GrpcStoreClient final : public StoreClient {
   const PageLayout& layout() const override;
   void Lookup(std::vector<PageKey> keys, Done<LookupResult> done) override;
   void Write(ChainPosition position, std::vector<PageWrite> pages, Done<WriteResult> done) override;
-  void ReadPrefixes(std::vector<PrefixRead> reads, DoneStatus done) override;
+  void ReadPrefixes(std::vector<PrefixRead> reads, Done<std::vector<PageRef>> done) override;
   void ReadRecords(std::vector<RecordRead> reads, DoneStatus done) override;
   void Release(std::vector<LeaseId> leases) override;
   absl::Status CheckLease(LeaseId lease) const override;

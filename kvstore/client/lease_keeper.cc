@@ -85,13 +85,13 @@ void LeaseKeeper::RenewDue(size_t store) {
     request.add_lease_ids(renewal.server_id);
     asked.push_back(renewal);
   }
-  stores_[store]->control().Renew(
+  stores_.at(store).control().Renew(
       std::move(request), [this, store, epoch, sent,
                            asked = std::move(asked)](absl::StatusOr<v1::RenewResponse> response) {
         if (response.ok()) {
           OnRenewed(sent, asked, *response);
         } else if (IsConnectionError(response.status())) {
-          stores_[store]->Doubt(epoch);
+          stores_.at(store).Doubt(epoch);
         }
       });
 }
@@ -120,8 +120,8 @@ void LeaseKeeper::SendRelease(const std::vector<LeaseTable::ServerLease>& leases
     }
     // What cannot be released expires.
     if (request.lease_ids_size() > 0) {
-      stores_[store]->control().Release(std::move(request),
-                                        [](absl::StatusOr<v1::ReleaseResponse>) {});
+      stores_.at(store).control().Release(std::move(request),
+                                          [](absl::StatusOr<v1::ReleaseResponse>) {});
     }
   }
 }

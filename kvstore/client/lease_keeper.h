@@ -6,13 +6,14 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "base/clock.h"
 #include "kvstore/api/store_client.h"
 #include "kvstore/client/lease_table.h"
-#include "kvstore/client/store_connection.h"
+#include "kvstore/client/store_set.h"
 #include "kvstore/client/transfer_thread.h"
 
 namespace nosara::kvstore {
@@ -21,12 +22,9 @@ namespace nosara::kvstore {
 /// the first OnSession() until Close().
 class LeaseKeeper final {
  public:
-  using Stores = std::vector<std::unique_ptr<StoreConnection>>;
-
-  /// All arguments outlive it; `stores` is not changed once the first session is there.
-  LeaseKeeper(const Clock* clock, const Stores* stores, size_t num_stores,
-              TransferThread* transfers)
-      : clock_(*clock), stores_(*stores), transfers_(*transfers), epochs_(num_stores, 0) {}
+  /// All arguments outlive it.
+  LeaseKeeper(const Clock* clock, const StoreSet* stores, TransferThread* transfers)
+      : clock_(*clock), stores_(*stores), transfers_(*transfers) {}
   LeaseKeeper(const LeaseKeeper&) = delete;
   LeaseKeeper& operator=(const LeaseKeeper&) = delete;
 
@@ -56,12 +54,12 @@ class LeaseKeeper final {
   void SendRelease(const std::vector<LeaseTable::ServerLease>& leases);
 
   const Clock& clock_;
-  const Stores& stores_;
+  const StoreSet& stores_;
   TransferThread& transfers_;
 
   mutable absl::Mutex mu_;
   LeaseTable table_ ABSL_GUARDED_BY(mu_);
-  std::vector<uint64_t> epochs_ ABSL_GUARDED_BY(mu_);  // last known, by store
+  absl::flat_hash_map<size_t, uint64_t> epochs_ ABSL_GUARDED_BY(mu_);  // last known, by store
   bool closed_ ABSL_GUARDED_BY(mu_) = false;
 };
 

@@ -27,7 +27,7 @@ absl::StatusOr<PageRef> ParsePage(const v1::Page& page, const PageKey& expected,
 
 struct PageWriter::State {
   size_t store = 0;
-  ChainPosition position;
+  PageKey parent;
   std::vector<PageWrite> pages;
   Done done;
   int attempts_left = kAttempts;
@@ -45,11 +45,11 @@ struct PageWriter::State {
   LeaseId lease;
 };
 
-void PageWriter::Write(size_t store, ChainPosition position, std::vector<PageWrite> pages,
+void PageWriter::Write(size_t store, const PageKey& parent, std::vector<PageWrite> pages,
                        Done done) {
   auto write = std::make_shared<State>();
   write->store = store;
-  write->position = position;
+  write->parent = parent;
   write->written.resize(pages.size(), 0);
   write->pages = std::move(pages);
   write->done = std::move(done);
@@ -60,7 +60,7 @@ void PageWriter::Write(size_t store, ChainPosition position, std::vector<PageWri
 void PageWriter::Close() { closed_.store(true, std::memory_order_release); }
 
 StoreConnection& PageWriter::store(const State& write) const {
-  return *(*options_.stores)[write.store];
+  return options_.stores->at(write.store);
 }
 
 void PageWriter::Reserve(StatePtr write) {
@@ -75,7 +75,7 @@ void PageWriter::Reserve(StatePtr write) {
     for (const PageWrite& page : write->pages) {
       request.add_keys(page.key.bytes.data(), page.key.bytes.size());
     }
-    request.set_parent_key(write->position.parent.ToBytes());
+    request.set_parent_key(write->parent.ToBytes());
     request.set_page_bytes(options_.layout.page_bytes());
     request.set_layout_fingerprint(options_.layout.fingerprint());
     request.set_prefix_bytes(options_.layout.prefix_bytes());

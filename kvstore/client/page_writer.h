@@ -9,7 +9,7 @@
 #include "absl/time/time.h"
 #include "kvstore/api/store_client.h"
 #include "kvstore/client/lease_keeper.h"
-#include "kvstore/client/store_connection.h"
+#include "kvstore/client/store_set.h"
 #include "kvstore/client/transfer_thread.h"
 
 namespace nosara::kvstore {
@@ -28,7 +28,7 @@ class PageWriter final {
     /// How long to wait for other writers; ABORTED after.
     absl::Duration busy_timeout;
     const Clock* clock = nullptr;
-    const LeaseKeeper::Stores* stores = nullptr;
+    const StoreSet* stores = nullptr;
     LeaseKeeper* leases = nullptr;
     TransferThread* transfers = nullptr;
   };
@@ -38,7 +38,8 @@ class PageWriter final {
   PageWriter& operator=(const PageWriter&) = delete;
 
   /// 1 to 1,024 pages of the layout's size. `done` runs on any thread, never inside.
-  void Write(size_t store, ChainPosition position, std::vector<PageWrite> pages, Done done);
+  /// `parent`: key of the page before the first one. The result is one copy, under one lease.
+  void Write(size_t store, const PageKey& parent, std::vector<PageWrite> pages, Done done);
 
   /// Writes under way give up at their next step.
   void Close();

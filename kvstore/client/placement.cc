@@ -2,23 +2,26 @@
 
 #include <xxhash.h>
 
-#include "base/check.h"
+#include <algorithm>
+#include <cstdint>
+#include <utility>
 
 namespace nosara::kvstore {
 
-size_t HomeStore(absl::Span<const std::string> stores, const PageKey& head) {
-  CHECK(!stores.empty());
-  size_t best = 0;
-  uint64_t best_hash = 0;
-  const uint64_t seed = XXH3_64bits(head.bytes.data(), head.bytes.size());
+std::vector<size_t> RankStores(absl::Span<const std::string> stores, const PageKey& group) {
+  const uint64_t seed = XXH3_64bits(group.bytes.data(), group.bytes.size());
+  std::vector<std::pair<uint64_t, size_t>> hashed;
+  hashed.reserve(stores.size());
   for (size_t i = 0; i < stores.size(); ++i) {
-    const uint64_t hash = XXH3_64bits_withSeed(stores[i].data(), stores[i].size(), seed);
-    if (i == 0 || hash > best_hash || (hash == best_hash && stores[i] < stores[best])) {
-      best = i;
-      best_hash = hash;
-    }
+    hashed.emplace_back(XXH3_64bits_withSeed(stores[i].data(), stores[i].size(), seed), i);
   }
-  return best;
+  std::sort(hashed.begin(), hashed.end(), [&](const auto& a, const auto& b) {
+    return a.first != b.first ? a.first > b.first : stores[a.second] < stores[b.second];
+  });
+  std::vector<size_t> ranked;
+  ranked.reserve(hashed.size());
+  for (const auto& [hash, store] : hashed) ranked.push_back(store);
+  return ranked;
 }
 
 }  // namespace nosara::kvstore

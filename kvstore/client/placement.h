@@ -1,18 +1,19 @@
-// Which store a chain of pages lives on.
+// Which stores a group of pages lives on.
 #pragma once
 
 #include <cstddef>
 #include <string>
+#include <vector>
 
 #include "absl/types/span.h"
 #include "kvstore/api/page_key.h"
 
 namespace nosara::kvstore {
 
-/// Rendezvous hashing: the index of the store with the highest hash of (name, head). Pure; all
-/// clients with the same names agree, whatever their order; a store that comes or goes moves only
-/// the chains that it gains or loses. `head`: key of block 0 of the chain, so that a chain stays
-/// together. Precondition: `stores` is not empty.
-size_t HomeStore(absl::Span<const std::string> stores, const PageKey& head);
+/// Rendezvous hashing: the indices of `stores`, that with the highest hash of (name, group) first.
+/// Pure; all clients with the same names agree, whatever their order; a store that comes or goes
+/// moves only the groups that it gains or loses, and the order of the others stays. `group`: key of
+/// the first block of the group (kGroupBlocks).
+std::vector<size_t> RankStores(absl::Span<const std::string> stores, const PageKey& group);
 
 }  // namespace nosara::kvstore

@@ -7,6 +7,18 @@
 
 namespace nosara::kvstore {
 
+int Distance(Path path) {
+  switch (path) {
+    case Path::kInProcess:
+      return 0;
+    case Path::kMapped:
+      return 1;
+    case Path::kUcx:
+      return 2;
+  }
+  return 3;
+}
+
 StoreConnection::StoreConnection(Options options)
     : options_(std::move(options)), control_(options_.address, options_.channel) {}
 
@@ -108,6 +120,7 @@ void StoreConnection::Finish(absl::StatusOr<Session> session) {
     absl::MutexLock lock(&mu_);
     state_ = session.ok() ? State::kReady : State::kDisconnected;
     unreachable_ = !session.ok();
+    live_ = session.ok();
     if (session.ok()) session_ = *session;
     waiting.swap(waiting_);
   }
@@ -117,15 +130,24 @@ void StoreConnection::Finish(absl::StatusOr<Session> session) {
 void StoreConnection::Doubt(uint64_t epoch) {
   absl::MutexLock lock(&mu_);
   // A late error of an earlier incarnation says nothing about this one.
-  if (state_ == State::kReady && session_.epoch == epoch) state_ = State::kDisconnected;
+  if (state_ != State::kReady || session_.epoch != epoch) return;
+  state_ = State::kDisconnected;
+  live_ = false;
 }
 
 void StoreConnection::DataPathBroken() {
   absl::MutexLock lock(&mu_);
-  if (state_ == State::kReady) state_ = State::kDisconnected;
+  if (state_ != State::kReady) return;
+  state_ = State::kDisconnected;
+  live_ = false;
 }
 
 Path StoreConnection::path() const { return session().path; }
+
+bool StoreConnection::live() const {
+  absl::MutexLock lock(&mu_);
+  return live_;
+}
 
 bool StoreConnection::unreachable() const {
   absl::MutexLock lock(&mu_);

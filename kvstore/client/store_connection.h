@@ -23,6 +23,9 @@ inline bool IsConnectionError(const absl::Status& status) {
   return absl::IsUnavailable(status) || absl::IsAborted(status);
 }
 
+/// How far the bytes of a store are by `path`: smaller is nearer.
+int Distance(Path path);
+
 /// Thread-safe. States: disconnected -> connecting (GetInfo, then the data path) -> ready; an error
 /// of a call or of the data path leads back to disconnected, the next WhenReady() connects again.
 class StoreConnection final {
@@ -58,6 +61,9 @@ class StoreConnection final {
 
   /// The last try to connect that has ended failed.
   bool unreachable() const;
+  /// No failure since it was last connected. Not live is a store in doubt: it is left out where
+  /// there are others, until a try to connect succeeds.
+  bool live() const;
   /// Of the last session; kMapped before the first.
   Path path() const;
   /// Of the current session; null unless its path is kMapped or kInProcess.
@@ -81,6 +87,7 @@ class StoreConnection final {
   mutable absl::Mutex mu_;
   State state_ ABSL_GUARDED_BY(mu_) = State::kDisconnected;
   bool unreachable_ ABSL_GUARDED_BY(mu_) = false;
+  bool live_ ABSL_GUARDED_BY(mu_) = true;
   Session session_ ABSL_GUARDED_BY(mu_);
   std::shared_ptr<const MappedArena> arena_ ABSL_GUARDED_BY(mu_);
   uint64_t arena_epoch_ ABSL_GUARDED_BY(mu_) = 0;

@@ -35,8 +35,9 @@ absl::Time Now() { return Clock::Real()->Now(); }
 struct TransferThread::Job {
   std::vector<PieceTransfer> pieces;
   size_t remaining = 0;
-  absl::Status status;
-  DoneStatus done;
+  OnError on_error = OnError::kGoOn;
+  std::vector<Failure> failures;
+  DoneEach done;
 };
 
 class TransferThread::PieceTransfer final : public Transfer {
@@ -61,7 +62,6 @@ class TransferThread::PieceTransfer final : public Transfer {
 TransferThread::TransferThread(Options options)
     : options_(std::move(options)), wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
   CHECK(wake_.valid());
-  stores_.resize(options_.num_stores);
   thread_ = std::thread([this] { Loop(); });
 }
 
@@ -97,9 +97,21 @@ void TransferThread::Connect(size_t store, ArenaAddress arena,
 }
 
 void TransferThread::Submit(std::vector<Piece> pieces, DoneStatus done) {
-  Run([this, pieces = std::move(pieces), done = std::move(done)]() mutable {
+  Start(std::move(pieces), OnError::kGiveUp,
+        [done = std::move(done)](std::vector<Failure> failures) mutable {
+          std::move(done)(failures.empty() ? absl::OkStatus() : std::move(failures[0].status));
+        });
+}
+
+void TransferThread::SubmitEach(std::vector<Piece> pieces, DoneEach done) {
+  Start(std::move(pieces), OnError::kGoOn, std::move(done));
+}
+
+void TransferThread::Start(std::vector<Piece> pieces, OnError on_error, DoneEach done) {
+  Run([this, pieces = std::move(pieces), on_error, done = std::move(done)]() mutable {
     auto job = std::make_unique<Job>();
     job->done = std::move(done);
+    job->on_error = on_error;
     job->remaining = pieces.size();
     job->pieces.reserve(pieces.size());  // no reallocation: transports hold pointers
     for (const Piece& piece : pieces) job->pieces.emplace_back(this, job.get(), piece);
@@ -112,13 +124,14 @@ void TransferThread::Submit(std::vector<Piece> pieces, DoneStatus done) {
     const size_t count = raw->pieces.size();
     for (size_t i = 0; i < count; ++i) {
       PieceTransfer& piece = raw->pieces[i];
-      Store& target = stores_[piece.piece_.store];
+      const size_t store = piece.piece_.store;
+      if (store >= stores_.size()) stores_.resize(store + 1);
+      Store& target = stores_[store];
       absl::Status refused;
       if (closed_) {
         refused = absl::CancelledError("store client is closed");
       } else if (target.endpoint == nullptr) {
-        refused =
-            absl::UnavailableError(absl::StrCat("store ", piece.piece_.store, ": not connected"));
+        refused = absl::UnavailableError(absl::StrCat("store ", store, ": not connected"));
       } else if ((piece.piece_.generation >> 32) != (target.epoch >> 32)) {
         refused = absl::AbortedError(absl::StrCat("page ", piece.piece_.key.ToHex(),
                                                   ": its store has restarted and lost it"));
@@ -197,7 +210,7 @@ bool TransferThread::PostQueued() {
       PieceTransfer* const piece = store.queue.front();
       store.queue.pop_front();
       posted = true;
-      if (!piece->job_->status.ok()) {
+      if (piece->job_->on_error == OnError::kGiveUp && !piece->job_->failures.empty()) {
         // The caller gets an error anyhow.
         OnPieceDone(*piece, absl::OkStatus());
         continue;
@@ -230,7 +243,7 @@ bool TransferThread::ProgressTransports() {
 bool TransferThread::FinishJobs() {
   if (finished_.empty()) return false;
   std::vector<std::unique_ptr<Job>> finished = std::exchange(finished_, {});
-  for (auto& job : finished) std::move(job->done)(std::move(job->status));
+  for (auto& job : finished) std::move(job->done)(std::move(job->failures));
   return true;
 }
 
@@ -307,6 +320,7 @@ absl::StatusOr<Transport*> TransferThread::TransportFor(Path path) {
 
 absl::StatusOr<Path> TransferThread::ConnectNow(size_t index, const ArenaAddress& arena) {
   if (closed_) return absl::CancelledError("store client is closed");
+  if (index >= stores_.size()) stores_.resize(index + 1);
   Store& store = stores_[index];
   DropEndpoint(store, absl::UnavailableError(absl::StrCat("store ", arena.name, ": reconnecting")));
   std::vector<Path> paths;
@@ -367,7 +381,10 @@ void TransferThread::OnPieceDone(PieceTransfer& transfer, absl::Status status) {
     if (status.ok()) status = Verify(piece);
     if (absl::IsCancelled(status) && !store.closing.ok()) status = store.closing;
   }
-  if (job->status.ok()) job->status = std::move(status);
+  if (!status.ok()) {
+    job->failures.push_back(
+        {static_cast<size_t>(&transfer - job->pieces.data()), std::move(status)});
+  }
   if (--job->remaining == 0) finished_.emplace_back(job);
 }
 

@@ -50,7 +50,6 @@ class TransferThread final {
 
   struct Options {
     PageLayout layout;
-    size_t num_stores = 1;
     /// Transfers in flight per store.
     size_t window = 64;
     absl::Duration stall_timeout = absl::Seconds(5);
@@ -91,8 +90,17 @@ class TransferThread final {
   void Connect(size_t store, ArenaAddress arena,
                absl::AnyInvocable<void(absl::StatusOr<Path>) &&> done);
 
-  /// Transfers and verifies all pieces. Errors: UNAVAILABLE, DATA_LOSS, ABORTED (a piece of an
-  /// earlier incarnation of its store), INVALID_ARGUMENT; the first one counts.
+  struct Failure {
+    size_t piece = 0;
+    absl::Status status;
+  };
+  using DoneEach = absl::AnyInvocable<void(std::vector<Failure>) &&>;
+  /// Transfers and verifies all pieces, whatever becomes of the others; `done` gets those that
+  /// failed. Errors: those of Submit().
+  void SubmitEach(std::vector<Piece> pieces, DoneEach done);
+
+  /// Transfers and verifies all pieces; gives up with the first error. Errors: UNAVAILABLE,
+  /// DATA_LOSS, ABORTED (a piece of an earlier incarnation of its store), INVALID_ARGUMENT.
   void Submit(std::vector<Piece> pieces, DoneStatus done);
 
   /// Ends everything in flight with CANCELLED, runs all timers; later jobs fail likewise.
@@ -121,6 +129,8 @@ class TransferThread final {
     std::atomic<uint64_t> records_by_path[kNumPaths] = {};
   };
 
+  enum class OnError { kGoOn, kGiveUp };
+  void Start(std::vector<Piece> pieces, OnError on_error, DoneEach done);
   void Loop();
   bool TakeInbox();
   bool RunTimers();

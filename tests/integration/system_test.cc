@@ -13,6 +13,8 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/synchronization/mutex.h"
 #include "client/client.h"
 #include "nosara/kvstore/v1/kvstore.grpc.pb.h"
 #include "nosara/worker/v1/worker.grpc.pb.h"
@@ -295,69 +297,141 @@ TEST_F(SystemTest, StoreGoneForGoodFailsWhoNeedsItAndComesBack) {
   EXPECT_THAT(GetLoad(*worker).unreachable_stores(), ::testing::IsEmpty());
 }
 
-// A chain lives on one store, which rendezvous hashing picks: the death of the other is none of its
-// business.
-TEST_F(SystemTest, WithTwoStoresOnlySequencesOfAKilledOneSuffer) {
-  const std::unique_ptr<Program> stores[2] = {StartStore(), StartStore()};
-  const auto worker =
-      StartWorker(absl::StrCat(stores[0]->address(), ",", stores[1]->address()),
-                  {"--slots_per_head=-1", "--store_path=ucx", "--store_patience=2s"});
+/// Stores of a cluster, each to be killed and started anew at its address.
+class Stores {
+ public:
+  explicit Stores(int count) {
+    for (int i = 0; i < count; ++i) {
+      stores_.push_back(std::make_unique<Program>(
+          NOSARA_BIN "/nosara-kvstore",
+          std::vector<std::string>{"--listen=127.0.0.1:0", "--arena_bytes=64MiB"}));
+      addresses_.push_back(stores_.back()->address());
+    }
+  }
+  Program& at(size_t i) { return *stores_[i]; }
+  const std::string& address(size_t i) const { return addresses_[i]; }
+  std::string addresses() const { return absl::StrJoin(addresses_, ","); }
+  void Restart(size_t i) {
+    stores_[i] = std::make_unique<Program>(
+        NOSARA_BIN "/nosara-kvstore",
+        std::vector<std::string>{absl::StrCat("--listen=", addresses_[i]), "--arena_bytes=64MiB"});
+    ASSERT_EQ(stores_[i]->address(), addresses_[i]);
+  }
+
+ private:
+  std::vector<std::unique_ptr<Program>> stores_;
+  std::vector<std::string> addresses_;
+};
+
+// One copy of each page: what a killed store had is computed again, and the other one takes its
+// place.
+TEST_F(SystemTest, WithoutCopiesAnotherStoreTakesThePlaceOfAKilledOne) {
+  Stores stores(2);
+  const auto worker = StartWorker(
+      stores.addresses(), {"--slots_per_head=-1", "--store_path=ucx", "--store_patience=60s"});
   const auto router = StartRouter(worker->address());
   const auto client = Connect(*router);
   AwaitWorkers(*client, 1);
-
-  // Sequences until each store holds one, and all their pages.
-  constexpr uint32_t kTokens = 600;
+  // 100 groups of pages: both stores get some, whatever their ports are.
   GenerateRequest requests[2];
   Output expected[2];
-  for (uint32_t seed = 100; expected[0].tokens.empty() || expected[1].tokens.empty(); ++seed) {
-    ASSERT_LT(seed, 140u) << "40 chains on one of two stores";
-    const uint64_t before[2] = {StoredPages(*stores[0]), StoredPages(*stores[1])};
-    const GenerateRequest request = MakeRequest(1000, seed, kTokens);
-    const Output output = Generate(*client, request);
-    ASSERT_OK(output.status);
-    EXPECT_GT(output.finished.cache().records_fetched(), 0u);
-    const uint64_t added[2] = {StoredPages(*stores[0]) - before[0],
-                               StoredPages(*stores[1]) - before[1]};
-    const int home = added[0] > 0 ? 0 : 1;
-    EXPECT_EQ(added[1 - home], 0u) << "a chain stays together";
-    // 1600 tokens, of which the last is never fed back: 24 full blocks.
-    EXPECT_EQ(added[home], 24u);
-    requests[home] = request;
-    expected[home] = output;
+  for (int i = 0; i < 2; ++i) {
+    requests[i] = MakeRequest(3000, 100 + i, 600);
+    expected[i] = Generate(*client, requests[i]);
+    ASSERT_OK(expected[i].status);
+    EXPECT_GT(expected[i].finished.cache().records_fetched(), 0u);
   }
-
-  // One stream of each, the store of the second killed in the middle of both.
-  std::atomic<bool> started{false};
-  Output survivor, victim;
-  std::thread first([&] {
-    survivor = Generate(*client, requests[0], [&](size_t tokens) {
-      if (tokens >= 10) started = true;
-      return true;
-    });
-    started = true;  // also when it has failed
-  });
-  victim = Generate(*client, requests[1], [&](size_t tokens) {
-    if (tokens == 10) {
-      while (!started) std::this_thread::yield();
-      stores[1]->Kill();
-    }
+  for (uint32_t seed = 200; StoredPages(stores.at(0)) == 0 || StoredPages(stores.at(1)) == 0;
+       ++seed) {
+    ASSERT_LT(seed, 220u) << "all groups of pages on one of two stores";
+    ASSERT_OK(Generate(*client, MakeRequest(3000, seed, 2)).status);
+  }
+  Output actual[2];
+  std::atomic<bool> killed{false};
+  std::thread second([&] { actual[1] = Generate(*client, requests[1]); });
+  actual[0] = Generate(*client, requests[0], [&](size_t tokens) {
+    if (tokens >= 10 && !killed.exchange(true)) stores.at(1).Kill();
     return true;
   });
-  first.join();
-  EXPECT_OK(survivor.status);
-  EXPECT_EQ(survivor.tokens, expected[0].tokens);
-  EXPECT_THAT(victim.status, StatusIs(absl::StatusCode::kUnavailable, "store"));
-  EXPECT_LT(victim.tokens.size(), kTokens);
-
-  // What the living store kept is reused, and the worker says which one is gone.
+  second.join();
+  for (int i = 0; i < 2; ++i) {
+    EXPECT_OK(actual[i].status);
+    EXPECT_EQ(actual[i].tokens, expected[i].tokens);
+  }
+  EXPECT_THAT(GetLoad(*worker).unreachable_stores(), ::testing::ElementsAre(stores.address(1)));
+  // All pages are on the store that is left.
   const Output again = Generate(*client, requests[0]);
   ASSERT_OK(again.status);
   EXPECT_EQ(again.tokens, expected[0].tokens);
-  EXPECT_EQ(again.finished.usage().cached_prompt_tokens(), 960u);
-  EXPECT_THAT(Generate(*client, requests[1]).status,
-              StatusIs(absl::StatusCode::kUnavailable, "store"));
-  EXPECT_THAT(GetLoad(*worker).unreachable_stores(), ::testing::ElementsAre(stores[1]->address()));
+  EXPECT_EQ(again.finished.usage().cached_prompt_tokens(), 2944u);
+}
+
+// Two copies of each page on three stores; one store after the other is killed in the middle of
+// streams and started anew without a page.
+TEST_F(SystemTest, WithTwoCopiesNobodyNoticesKilledStores) {
+  for (const char* path : {"mapped", "ucx"}) {
+    SCOPED_TRACE(path);
+    Stores stores(3);
+    const auto worker =
+        StartWorker(stores.addresses(), {"--slots_per_head=-1", absl::StrCat("--store_path=", path),
+                                         "--replicas=2", "--store_patience=60s"});
+    const auto router = StartRouter(worker->address());
+    const auto client = Connect(*router);
+    AwaitWorkers(*client, 1);
+    constexpr int kStreams = 4;
+    GenerateRequest requests[kStreams];
+    Output expected[kStreams];
+    for (int i = 0; i < kStreams; ++i) {
+      requests[i] = MakeRequest(1200 + 300 * i, 300 + i, 600);
+      if (i % 2 == 1) {
+        requests[i].mutable_sampling()->set_temperature(0.8);
+        requests[i].mutable_sampling()->set_seed(i);
+      }
+      expected[i] = Generate(*client, requests[i]);
+      ASSERT_OK(expected[i].status);
+    }
+    const uint64_t stored =
+        StoredPages(stores.at(0)) + StoredPages(stores.at(1)) + StoredPages(stores.at(2));
+    uint64_t pages = 0;
+    for (const GenerateRequest& request : requests) {
+      pages += (request.token_ids().ids_size() + 599) / 64;
+    }
+    EXPECT_EQ(stored, 2 * pages);
+
+    // Each 120 tokens of a stream the next store dies and comes back: 20 deaths in all.
+    absl::Mutex mu;
+    int kills = 0;
+    Output actual[kStreams];
+    std::vector<std::thread> threads;
+    for (int i = 0; i < kStreams; ++i) {
+      threads.emplace_back([&, i] {
+        size_t next = 10 + 30 * i;
+        actual[i] = Generate(*client, requests[i], [&](size_t tokens) {
+          if (tokens < next) return true;
+          next += 120;
+          absl::MutexLock lock(&mu);
+          stores.at(kills % 3).Kill();
+          stores.Restart(kills % 3);
+          ++kills;
+          return true;
+        });
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    for (int i = 0; i < kStreams; ++i) {
+      EXPECT_OK(actual[i].status) << i;
+      EXPECT_EQ(actual[i].tokens, expected[i].tokens) << i;
+    }
+    EXPECT_EQ(kills, 20);
+    const worker::v1::GetLoadResponse load = GetLoad(*worker);
+    EXPECT_EQ(load.pages_discarded(), 0u) << "no page was ever damaged";
+    if (path == std::string("ucx")) {
+      EXPECT_GT(load.reads_failed_over() + load.recoveries(), 0u);
+    }
+    RecordProperty(absl::StrCat(path, "_kills"), kills);
+    RecordProperty(absl::StrCat(path, "_failovers"), static_cast<int>(load.reads_failed_over()));
+    RecordProperty(absl::StrCat(path, "_recoveries"), static_cast<int>(load.recoveries()));
+  }
 }
 
 TEST_F(SystemTest, EachProgramAnswersHealthAndReflection) {

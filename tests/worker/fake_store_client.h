@@ -173,9 +173,16 @@ class FakeStoreClient final : public kvstore::StoreClient {
       std::move(done)(std::move(result));
     });
   }
-  void ReadPrefixes(std::vector<kvstore::PrefixRead> reads, DoneStatus done) override {
+  void ReadPrefixes(std::vector<kvstore::PrefixRead> reads,
+                    Done<std::vector<kvstore::PageRef>> done) override {
     Post([this, reads = std::move(reads), done = std::move(done)]() mutable {
-      std::move(done)(DoReadPrefixes(reads));
+      if (const absl::Status read = DoReadPrefixes(reads); !read.ok()) {
+        std::move(done)(read);
+        return;
+      }
+      std::vector<kvstore::PageRef> pages;
+      for (const kvstore::PrefixRead& one : reads) pages.push_back(one.page);
+      std::move(done)(std::move(pages));
     });
   }
   void ReadRecords(std::vector<kvstore::RecordRead> reads, DoneStatus done) override {

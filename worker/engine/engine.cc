@@ -78,30 +78,6 @@ struct Engine::Sequence {
   }
 };
 
-absl::Status EngineOptions::Validate() const {
-  const auto positive = [](const char* name, int64_t value) {
-    return value >= 1 ? absl::OkStatus()
-                      : absl::InvalidArgumentError(
-                            absl::StrCat(name, " = ", value, ": must be at least 1"));
-  };
-  RETURN_IF_ERROR(positive("step_tokens", limits.step_tokens));
-  RETURN_IF_ERROR(positive("prefill_chunk_tokens", limits.chunk_tokens));
-  RETURN_IF_ERROR(positive("max_running", max_running));
-  RETURN_IF_ERROR(positive("max_queued", max_queued));
-  if (max_recoveries < 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("max_recoveries = ", max_recoveries, ": must be 0 or more"));
-  }
-  if (max_replay_tokens < 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("max_replay_tokens = ", max_replay_tokens, ": must be 0 or more"));
-  }
-  if (store_patience <= absl::ZeroDuration() || store_retry_delay <= absl::ZeroDuration()) {
-    return absl::InvalidArgumentError("store_patience and store_retry_delay must be positive");
-  }
-  return absl::OkStatus();
-}
-
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::unique_ptr<Backend> backend,
                                                        kvstore::StoreClient* store,
                                                        const Clock* clock, EngineOptions options) {
@@ -391,38 +367,39 @@ void Engine::OnLookup(uint64_t handle, absl::StatusOr<kvstore::LookupResult> res
         {result->pages[i], absl::MakeSpan(*bytes).subspan(i * prefix_bytes, prefix_bytes)});
   }
   ++store_operations_;
-  store_->ReadPrefixes(std::move(reads), [this, handle, pages = std::move(result->pages),
-                                          bytes](absl::Status status) mutable {
-    Post([this, handle, pages = std::move(pages), bytes = std::move(bytes),
-          status = std::move(status)]() mutable {
-      --store_operations_;
-      OnPrefixes(handle, std::move(pages), std::move(bytes), std::move(status));
-    });
-  });
+  store_->ReadPrefixes(
+      std::move(reads),
+      [this, handle, bytes](absl::StatusOr<std::vector<kvstore::PageRef>> pages) mutable {
+        Post([this, handle, pages = std::move(pages), bytes = std::move(bytes)]() mutable {
+          --store_operations_;
+          OnPrefixes(handle, std::move(pages), std::move(bytes));
+        });
+      });
 }
 
-void Engine::OnPrefixes(uint64_t handle, std::vector<kvstore::PageRef> pages,
-                        std::shared_ptr<std::vector<std::byte>> bytes, absl::Status status) {
+void Engine::OnPrefixes(uint64_t handle, absl::StatusOr<std::vector<kvstore::PageRef>> pages,
+                        std::shared_ptr<std::vector<std::byte>> bytes) {
   Sequence* sequence = Find(handle);
   if (sequence == nullptr || sequence->phase != Sequence::Phase::kLookup || !sequence->in_backend) {
     EraseIfDone(handle);
     return;
   }
   int64_t cached = 0;
+  absl::Status status = pages.status();
   if (status.ok()) {
     const size_t prefix_bytes = backend_->layout().prefix_bytes();
     std::vector<BoundPage> bound;
-    for (size_t i = 0; i < pages.size(); ++i) {
+    for (size_t i = 0; i < pages->size(); ++i) {
       bound.push_back(
-          {pages[i], absl::MakeConstSpan(*bytes).subspan(i * prefix_bytes, prefix_bytes)});
+          {(*pages)[i], absl::MakeConstSpan(*bytes).subspan(i * prefix_bytes, prefix_bytes)});
     }
     status = backend_->BindPages(sequence->id, bound);
-    cached = static_cast<int64_t>(pages.size()) * kBlockTokens;
+    cached = static_cast<int64_t>(pages->size()) * kBlockTokens;
   }
   if (!status.ok()) {
     // What cannot be read is computed anew.
-    LogWarning("request {}: {} cached pages not used: {}", sequence->request.request_id,
-               pages.size(), status.ToString());
+    LogWarning("request {}: cached pages not used: {}", sequence->request.request_id,
+               status.ToString());
     store_->Release(std::move(sequence->leases));
     sequence->leases.clear();
     cached = 0;
@@ -585,7 +562,8 @@ void Engine::StoreBlocks(Sequence& sequence) {
   const size_t first = blocks.front().block;
   sequence.NeedKeys(first + blocks.size());
   kvstore::ChainPosition position;
-  position.head = sequence.keys[0];
+  position.block = first;
+  position.group = sequence.keys[first - first % kvstore::kGroupBlocks];
   position.parent = first == 0 ? sequence.namespace_key : sequence.keys[first - 1];
   std::vector<kvstore::PageWrite> writes;
   for (const FinishedBlock& block : blocks) {
@@ -640,10 +618,12 @@ void Engine::OnWritten(uint64_t handle, SequenceId id, std::vector<FinishedBlock
     }
     ++store_operations_;
     store_->ReadPrefixes(
-        std::move(reads), [this, handle, id, blocks = std::move(blocks),
-                           result = *std::move(result), prefixes](absl::Status status) mutable {
+        std::move(reads),
+        [this, handle, id, blocks = std::move(blocks), result = *std::move(result),
+         prefixes](absl::StatusOr<std::vector<kvstore::PageRef>> pages) mutable {
+          if (pages.ok()) result.pages = *std::move(pages);
           Post([this, handle, id, blocks = std::move(blocks), result = std::move(result),
-                prefixes = std::move(prefixes), status = std::move(status)]() mutable {
+                prefixes = std::move(prefixes), status = pages.status()]() mutable {
             --store_operations_;
             OnForeignPrefixes(handle, id, std::move(blocks), std::move(result), std::move(prefixes),
                               std::move(status));

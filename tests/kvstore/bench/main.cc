@@ -74,7 +74,9 @@ class Pages final {
         const uint64_t value = random();
         std::memcpy(bytes.data() + at, &value, 8);
       }
-      const ChainPosition position{pages->keys[0], i == 0 ? root : pages->keys[i - 1]};
+      const size_t block = static_cast<size_t>(i);
+      const ChainPosition position{block, pages->keys[block - block % kGroupBlocks],
+                                   i == 0 ? root : pages->keys[i - 1]};
       auto written = Await<absl::StatusOr<WriteResult>>([&](auto done) {
         client.Write(position, {{pages->keys[i], kBlockTokens, absl::MakeSpan(bytes)}},
                      std::move(done));

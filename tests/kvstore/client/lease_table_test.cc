@@ -2,7 +2,6 @@
 
 #include <gtest/gtest.h>
 
-#include "kvstore/client/placement.h"
 #include "tests/status_matchers.h"
 
 namespace nosara::kvstore {
@@ -68,27 +67,6 @@ TEST(LeaseTableTest, LostStaysLostAndIsCountedOnce) {
   const auto removed = table.Remove(other);
   ASSERT_TRUE(removed.has_value());
   EXPECT_EQ(removed->id, 4u);
-}
-
-TEST(HomeStoreTest, IsStableBalancedAndMovesOnlyWhatItMust) {
-  const std::vector<std::string> three = {"a:1", "b:1", "c:1"};
-  const std::vector<std::string> shuffled = {"c:1", "a:1", "b:1"};
-  const std::vector<std::string> four = {"a:1", "b:1", "c:1", "d:1"};
-  std::vector<int> count(4, 0);
-  int moved = 0;
-  for (int n = 0; n < 4000; ++n) {
-    const PageKey key = NamespaceKey(std::to_string(n), 0, "", "");
-    const size_t home = HomeStore(three, key);
-    EXPECT_EQ(three[home], shuffled[HomeStore(shuffled, key)]);
-    const size_t after = HomeStore(four, key);
-    ++count[after];
-    if (after != home) {
-      EXPECT_EQ(after, 3u);
-      ++moved;
-    }
-  }
-  for (const int n : count) EXPECT_NEAR(n, 1000, 150);
-  EXPECT_EQ(moved, count[3]);
 }
 
 }  // namespace

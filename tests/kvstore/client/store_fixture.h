@@ -64,8 +64,9 @@ inline absl::StatusOr<WriteResult> Write(StoreClient& client, ChainPosition posi
   return waiter.Wait();
 }
 
-inline absl::Status ReadPrefixes(StoreClient& client, std::vector<PrefixRead> reads) {
-  Waiter<absl::Status> waiter;
+inline absl::StatusOr<std::vector<PageRef>> ReadPrefixes(StoreClient& client,
+                                                         std::vector<PrefixRead> reads) {
+  Waiter<absl::StatusOr<std::vector<PageRef>>> waiter;
   client.ReadPrefixes(std::move(reads), waiter.Callback());
   return waiter.Wait();
 }
@@ -101,7 +102,8 @@ struct TestChain {
   }
   std::vector<PageWrite> Writes() { return Writes(0, keys.size()); }
   ChainPosition At(size_t block) const {
-    return {keys[0], block == 0 ? namespace_key : keys[block - 1]};
+    return {block, keys[block - block % kGroupBlocks],
+            block == 0 ? namespace_key : keys[block - 1]};
   }
 
   PageKey namespace_key;
@@ -119,15 +121,16 @@ inline absl::Status ReadAndCompare(StoreClient& client, const TestChain& chain,
     prefixes[i].resize(layout.prefix_bytes());
     prefix_reads.push_back({refs[i], absl::MakeSpan(prefixes[i])});
   }
-  if (absl::Status status = ReadPrefixes(client, prefix_reads); !status.ok()) return status;
+  const absl::StatusOr<std::vector<PageRef>> copies = ReadPrefixes(client, prefix_reads);
+  if (!copies.ok()) return copies.status();
   std::vector<std::vector<std::byte>> records(refs.size() * layout.num_records());
   std::vector<RecordRead> record_reads;
   for (size_t i = 0; i < refs.size(); ++i) {
     for (int record = 0; record < layout.num_records(); ++record) {
       std::vector<std::byte>& landing = records[i * layout.num_records() + record];
       landing.resize(layout.record_bytes());
-      record_reads.push_back(
-          {refs[i], record, RecordChecksum(layout, prefixes[i], record), absl::MakeSpan(landing)});
+      record_reads.push_back({(*copies)[i], record, RecordChecksum(layout, prefixes[i], record),
+                              absl::MakeSpan(landing)});
     }
   }
   if (absl::Status status = ReadRecords(client, record_reads); !status.ok()) return status;
