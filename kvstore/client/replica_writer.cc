@@ -15,6 +15,7 @@ struct ReplicaWriter::State {
   size_t begin = 0;
   size_t end = 0;
   std::vector<size_t> homes;  // the last one is written next
+  std::vector<size_t> spare;  // to be tried where one of these fails
   size_t wanted = 0;          // copies
   std::vector<WriteResult> copies;
   absl::Status error;        // the last one
@@ -35,7 +36,10 @@ void ReplicaWriter::StartGroup(StatePtr write) {
   const size_t block = write->position.block + write->begin;
   write->end = std::min(write->pages.size(), write->begin + kGroupBlocks - block % kGroupBlocks);
   const PageKey& group = write->begin == 0 ? write->position.group : write->pages[write->begin].key;
-  write->homes = options_.stores->Homes(group, options_.replicas);
+  write->homes = options_.stores->Homes(group, options_.replicas + 1);
+  write->spare.assign(write->homes.begin() + std::min(options_.replicas, write->homes.size()),
+                      write->homes.end());
+  write->homes.resize(write->homes.size() - write->spare.size());
   write->wanted = std::min(options_.replicas, options_.stores->members().size());
   // The nearest last, the first home among equals: from the back of the list.
   std::stable_sort(write->homes.begin(), write->homes.end(), [this](size_t a, size_t b) {
@@ -65,6 +69,9 @@ void ReplicaWriter::OnCopy(const StatePtr& write, absl::StatusOr<WriteResult> co
     write->copies.push_back(*std::move(copy));
   } else {
     write->error = copy.status();
+  }
+  if (write->homes.empty() && write->copies.size() < write->wanted) {
+    write->homes = std::exchange(write->spare, {});
   }
   if (!write->homes.empty() && !absl::IsCancelled(write->error)) {
     WriteCopy(write);

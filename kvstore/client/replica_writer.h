@@ -20,8 +20,8 @@ namespace nosara::kvstore {
 /// memory back, which is what bounds the writes in flight. The nearest copy is written last and is
 /// the one that the result names.
 ///
-/// A copy that a store does not take is left out and counted; a group without any copy fails the
-/// call.
+/// For a copy that a store does not take, the home after the others is tried, where look-ups look
+/// too; what is missing then is counted. A group without any copy fails the call.
 class ReplicaWriter final {
  public:
   struct Options {

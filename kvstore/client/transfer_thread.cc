@@ -57,6 +57,7 @@ class TransferThread::PieceTransfer final : public Transfer {
   Job* const job_;
   const Piece piece_;
   bool posted_ = false;
+  bool done_ = false;
 };
 
 TransferThread::TransferThread(Options options)
@@ -372,6 +373,8 @@ void TransferThread::DropEndpoint(Store& store, const absl::Status& status) {
 }
 
 void TransferThread::OnPieceDone(PieceTransfer& transfer, absl::Status status) {
+  // A transport that says it twice, before the turn is over: once is enough.
+  if (std::exchange(transfer.done_, true)) return;
   Job* const job = transfer.job_;
   const Piece& piece = transfer.piece_;
   Store& store = stores_[piece.store];

@@ -358,6 +358,11 @@ TEST_F(SystemTest, WithoutCopiesAnotherStoreTakesThePlaceOfAKilledOne) {
     EXPECT_OK(actual[i].status);
     EXPECT_EQ(actual[i].tokens, expected[i].tokens);
   }
+  // The worker says which one is gone, once a try to reach it has failed.
+  const absl::Time end = absl::Now() + kTimeout;
+  while (GetLoad(*worker).unreachable_stores().empty() && absl::Now() < end) {
+    std::this_thread::yield();
+  }
   EXPECT_THAT(GetLoad(*worker).unreachable_stores(), ::testing::ElementsAre(stores.address(1)));
   // All pages are on the store that is left.
   const Output again = Generate(*client, requests[0]);
