@@ -60,7 +60,7 @@ struct GrpcStoreClientOptions {
 
 /// See StoreClient. Connects lazily: stores may start later than the client, may die and come back;
 /// an operation fails when no store that it needs can be reached at that time. Groups of 16 blocks
-/// are placed on stores by rendezvous hashing (docs/adr/0010-placement-and-copies.md); Lookup takes
+/// are placed on stores by rendezvous hashing (docs/adr/0012-placement-and-copies.md); Lookup takes
 /// keys from the start of a chain.
 ///
 /// Beyond StoreClient's contract: Write takes at most 1,024 pages per call, Lookup looks at no more
