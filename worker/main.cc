@@ -21,6 +21,10 @@ ABSL_FLAG(std::string, model_name, "", "name that requests ask for");
 ABSL_FLAG(std::string, worker_id, "",
           "name of this worker in its cluster; empty: host name and process id");
 ABSL_FLAG(std::vector<std::string>, stores, {}, "KV store nodes, host:port, separated by commas");
+ABSL_FLAG(std::string, etcd, "",
+          "instead of --stores: host:port of an etcd server where the stores of --cluster publish "
+          "themselves");
+ABSL_FLAG(std::string, cluster, "nosara", "name of the cluster in etcd");
 ABSL_FLAG(int32_t, replicas, 1,
           "copies of each page on different stores, where there are so many: 1 to 8");
 ABSL_FLAG(std::string, store_path, "auto",
@@ -102,6 +106,9 @@ absl::Status Run() {
     store.address = address;
     options.stores.push_back(store);
   }
+  if (const std::string etcd = absl::GetFlag(FLAGS_etcd); !etcd.empty()) {
+    options.etcd = cluster::EtcdLocation{etcd, absl::GetFlag(FLAGS_cluster)};
+  }
   options.replicas = absl::GetFlag(FLAGS_replicas);
   ASSIGN_OR_RETURN(options.store_path, ParseDataPath(absl::GetFlag(FLAGS_store_path)));
   options.ucx_tls = absl::GetFlag(FLAGS_ucx_tls);
@@ -128,7 +135,10 @@ absl::Status Run() {
   options.engine.store_patience = absl::GetFlag(FLAGS_store_patience);
   options.engine.max_recoveries = absl::GetFlag(FLAGS_max_recoveries);
   options.engine.max_replay_tokens = absl::GetFlag(FLAGS_max_replay_tokens);
-  const std::string stores = absl::StrJoin(absl::GetFlag(FLAGS_stores), ",");
+  const std::string stores =
+      options.etcd.has_value()
+          ? absl::StrCat("of cluster ", options.etcd->cluster, " in etcd ", options.etcd->endpoint)
+          : absl::StrJoin(absl::GetFlag(FLAGS_stores), ",");
   ASSIGN_OR_RETURN(const auto server, WorkerServer::Create(std::move(options)));
   LogInfo("{}, stores {}", server->Describe(), stores);
   LogInfo("listening on {}", server->address());

@@ -10,6 +10,7 @@
 #include <random>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/synchronization/notification.h"
 #include "base/log.h"
 #include "base/status_macros.h"
@@ -21,6 +22,20 @@ namespace {
 /// Longest prompt and output as ids, with room.
 constexpr int kMaxMessageBytes = 64 << 20;
 
+void SetStores(kvstore::GrpcStoreClient& client, const std::vector<cluster::Member>& members) {
+  std::vector<kvstore::StoreEndpoint> stores;
+  std::vector<std::string> names;
+  for (const cluster::Member& member : members) {
+    stores.push_back({member.address, nullptr, {}});
+    names.push_back(absl::StrCat(member.id, " at ", member.address));
+  }
+  if (const absl::Status set = client.SetStores(std::move(stores)); !set.ok()) {
+    LogWarning("stores are as before: {}", set.ToString());
+    return;
+  }
+  LogInfo("stores now: {}", absl::StrJoin(names, ", "));
+}
+
 }  // namespace
 
 absl::Status WorkerServerOptions::Validate() const {
@@ -31,9 +46,14 @@ absl::Status WorkerServerOptions::Validate() const {
     return absl::InvalidArgumentError("model_name: empty; must be the name that requests ask for");
   }
   if (worker_id.empty()) return absl::InvalidArgumentError("worker_id: must not be empty");
-  if (stores.empty()) {
-    return absl::InvalidArgumentError("stores: none given; at least one host:port is needed");
+  if (stores.empty() && !etcd.has_value()) {
+    return absl::InvalidArgumentError(
+        "stores: none given; at least one host:port is needed, or etcd");
   }
+  if (!stores.empty() && etcd.has_value()) {
+    return absl::InvalidArgumentError("stores and etcd are both given: must be one of them");
+  }
+  if (etcd.has_value()) RETURN_IF_ERROR(etcd->Validate());
   if (replicas < 1 || replicas > 8) {
     return absl::InvalidArgumentError(absl::StrCat("replicas = ", replicas, ": must be 1 to 8"));
   }
@@ -57,9 +77,20 @@ absl::Status WorkerServer::Start(WorkerServerOptions options) {
   kvstore::GrpcStoreClientOptions store(layout);
   store.stores = options_.stores;
   store.replicas = static_cast<size_t>(options_.replicas);
+  if (options_.etcd.has_value()) {
+    store.membership = kvstore::GrpcStoreClientOptions::Membership::kDynamic;
+  }
   store.data_path = options_.store_path;
   store.ucx_tls = options_.ucx_tls;
   ASSIGN_OR_RETURN(store_, kvstore::GrpcStoreClient::Create(std::move(store)));
+  if (options_.etcd.has_value()) {
+    ASSIGN_OR_RETURN(stores_watcher_,
+                     cluster::MemberWatcher::Create(
+                         *options_.etcd, cluster::Role::kStore,
+                         [store = store_.get()](const std::vector<cluster::Member>& members) {
+                           SetStores(*store, members);
+                         }));
+  }
   ASSIGN_OR_RETURN(auto backend, MakeBackend());
   ASSIGN_OR_RETURN(
       engine_, Engine::Create(std::move(backend), store_.get(), Clock::Real(), options_.engine));
@@ -136,6 +167,7 @@ void WorkerServer::Shutdown(absl::Duration drain_timeout) {
   server_->Shutdown(absl::ToChronoTime(absl::Now() + drain_timeout));
   server_->Wait();
   engine_->Stop();
+  if (stores_watcher_ != nullptr) stores_watcher_->Stop();
   store_->Close();
   server_ = nullptr;
 }

@@ -4,12 +4,15 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "cluster/member.h"
+#include "cluster/member_watcher.h"
 #include "kvstore/client/grpc_store_client.h"
 #include "worker/backend/cpu/cpu_backend.h"
 #include "worker/backend/cuda/cuda_backend_options.h"
@@ -33,8 +36,10 @@ struct WorkerServerOptions {
   std::string model_name;
   /// Name of this worker, unique in its cluster.
   std::string worker_id = "worker";
-  /// The KV store nodes; at least one.
+  /// The KV store nodes, at least one; or none, and `etcd` tells.
   std::vector<kvstore::StoreEndpoint> stores;
+  /// Where the KV store nodes publish themselves.
+  std::optional<cluster::EtcdLocation> etcd;
   /// Copies of each page on different stores, where there are so many: 1 to 8.
   int replicas = 1;
   kvstore::DataPath store_path = kvstore::DataPath::kAuto;
@@ -90,6 +95,7 @@ class WorkerServer final {
   std::shared_ptr<const Checkpoint> checkpoint_;
   // Destroyed in the reverse order: the engine and its backend use the store client.
   std::unique_ptr<kvstore::GrpcStoreClient> store_;
+  std::unique_ptr<cluster::MemberWatcher> stores_watcher_;  // null without etcd
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<grpc::Service> service_;
   std::unique_ptr<grpc::Server> server_;

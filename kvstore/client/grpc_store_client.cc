@@ -1,5 +1,6 @@
 #include "kvstore/client/grpc_store_client.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
@@ -22,10 +23,7 @@ constexpr size_t kMaxLookupKeys = 65536;
 constexpr size_t kMaxWritePages = 1024;
 constexpr absl::Duration kReconnectPeriod = absl::Seconds(1);
 
-}  // namespace
-
-absl::Status GrpcStoreClientOptions::Validate() const {
-  if (stores.empty()) return absl::InvalidArgumentError("stores: at least one is needed");
+absl::Status ValidateStores(const std::vector<StoreEndpoint>& stores) {
   for (size_t i = 0; i < stores.size(); ++i) {
     if (stores[i].address.empty()) {
       return absl::InvalidArgumentError(absl::StrCat("stores[", i, "].address is empty"));
@@ -37,6 +35,16 @@ absl::Status GrpcStoreClientOptions::Validate() const {
       }
     }
   }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status GrpcStoreClientOptions::Validate() const {
+  if (stores.empty() && membership == Membership::kStatic) {
+    return absl::InvalidArgumentError("stores: at least one is needed");
+  }
+  if (const absl::Status valid = ValidateStores(stores); !valid.ok()) return valid;
   if (replicas < 1 || replicas > 8) {
     return absl::InvalidArgumentError(absl::StrCat("replicas = ", replicas, ": must be 1 to 8"));
   }
@@ -64,20 +72,7 @@ class GrpcStoreClient::Impl final {
         lookup_(LookupOptions()),
         reader_({options_.layout, &stores_, &transfers_, &copies_}),
         transfers_(TransferOptions()) {
-    std::vector<std::string> addresses;
-    for (const StoreEndpoint& store : options_.stores) addresses.push_back(store.address);
-    CHECK(stores_.SetMembers(addresses, [this](size_t store, const std::string& address) {
-      StoreConnection::Options connection;
-      connection.store = store;
-      connection.address = address;
-      connection.channel = options_.stores[store].channel;
-      connection.in_process_arena = options_.stores[store].in_process_arena;
-      connection.transfer_thread = &transfers_;
-      connection.on_session = [this, store](uint64_t epoch, absl::Duration lease_ttl) {
-        leases_.OnSession(store, epoch, lease_ttl);
-      };
-      return std::make_unique<StoreConnection>(std::move(connection));
-    }));
+    CHECK(SetStores(options_.stores).ok());
     transfers_.Run([this] { KeepConnected(); });
   }
 
@@ -91,6 +86,10 @@ class GrpcStoreClient::Impl final {
       return;
     }
     if (keys.size() > kMaxLookupKeys) keys.resize(kMaxLookupKeys);
+    if (stores_.members().empty()) {
+      Fail(std::move(done), absl::UnavailableError("no KV store is known"));
+      return;
+    }
     lookup_.Lookup(std::move(keys), std::move(done));
   }
 
@@ -116,6 +115,7 @@ class GrpcStoreClient::Impl final {
     return stats;
   }
 
+  absl::Status SetStores(const std::vector<StoreEndpoint>& stores);
   void Connect(DoneStatus done);
   void Close();
 
@@ -219,6 +219,8 @@ class GrpcStoreClient::Impl final {
   // Constant after construction.
   const GrpcStoreClientOptions options_;
 
+  absl::Mutex membership_mu_;  // one SetStores() at a time
+
   mutable absl::Mutex mu_;
   size_t operations_ ABSL_GUARDED_BY(mu_) = 0;
   bool closed_ ABSL_GUARDED_BY(mu_) = false;
@@ -254,6 +256,10 @@ void GrpcStoreClient::Impl::Write(ChainPosition position, std::vector<PageWrite>
                page.tokens, " tokens: must have ", layout().page_bytes(), " and 1 to 64")));
       return;
     }
+  }
+  if (stores_.members().empty()) {
+    Fail(std::move(done), absl::UnavailableError("no KV store is known"));
+    return;
   }
   replicas_.Write(position, std::move(pages), std::move(done));
 }
@@ -334,6 +340,31 @@ void GrpcStoreClient::Impl::KeepConnected() {
   transfers_.RunAfter(kReconnectPeriod, [this] { KeepConnected(); });
 }
 
+absl::Status GrpcStoreClient::Impl::SetStores(const std::vector<StoreEndpoint>& stores) {
+  if (const absl::Status valid = ValidateStores(stores); !valid.ok()) return valid;
+  absl::MutexLock lock(&membership_mu_);
+  std::vector<std::string> addresses;
+  for (const StoreEndpoint& store : stores) addresses.push_back(store.address);
+  const bool room = stores_.SetMembers(addresses, [&](size_t store, const std::string& address) {
+    const auto endpoint = std::find_if(stores.begin(), stores.end(), [&](const StoreEndpoint& one) {
+      return one.address == address;
+    });
+    StoreConnection::Options connection;
+    connection.store = store;
+    connection.address = address;
+    connection.channel = endpoint->channel;
+    connection.in_process_arena = endpoint->in_process_arena;
+    connection.transfer_thread = &transfers_;
+    connection.on_session = [this, store](uint64_t epoch, absl::Duration lease_ttl) {
+      leases_.OnSession(store, epoch, lease_ttl);
+    };
+    return std::make_unique<StoreConnection>(std::move(connection));
+  });
+  if (room) return absl::OkStatus();
+  return absl::ResourceExhaustedError(
+      absl::StrCat("more than ", StoreSet::kMaxStores, " different stores were met"));
+}
+
 void GrpcStoreClient::Impl::Connect(DoneStatus done) {
   done = Track(std::move(done));
   if (Refuse(done)) return;
@@ -345,6 +376,10 @@ void GrpcStoreClient::Impl::Connect(DoneStatus done) {
   };
   auto state = std::make_shared<State>();
   const std::vector<size_t> members = stores_.members();
+  if (members.empty()) {
+    Fail(std::move(done), absl::UnavailableError("no KV store is known"));
+    return;
+  }
   state->remaining = members.size();
   state->done = std::move(done);
   transfers_.Run([this, state, members] {
@@ -415,6 +450,9 @@ std::vector<std::string> GrpcStoreClient::UnreachableStores() const {
   return impl_->UnreachableStores();
 }
 ClientStats GrpcStoreClient::stats() const { return impl_->stats(); }
+absl::Status GrpcStoreClient::SetStores(std::vector<StoreEndpoint> stores) {
+  return impl_->SetStores(stores);
+}
 void GrpcStoreClient::Connect(DoneStatus done) { impl_->Connect(std::move(done)); }
 void GrpcStoreClient::Close() { impl_->Close(); }
 

@@ -35,8 +35,10 @@ struct GrpcStoreClientOptions {
   explicit GrpcStoreClientOptions(const PageLayout& page_layout) : layout(page_layout) {}
 
   PageLayout layout;
-  /// At least one.
+  /// At least one; or none, where SetStores() is to tell.
   std::vector<StoreEndpoint> stores;
+  /// Whether `stores` is all there will ever be.
+  enum class Membership { kStatic, kDynamic } membership = Membership::kStatic;
   /// Copies of each page, where there are so many stores: 1 to 8.
   size_t replicas = 1;
   /// How bytes may travel.
@@ -86,6 +88,12 @@ class GrpcStoreClient final : public StoreClient {
   std::shared_ptr<const MappedArena> Map(StoreId store) const override;
   ClientStats stats() const override;
   void Close() override;
+
+  /// From now on groups of pages are placed on `stores`. Those that are left out are not written to
+  /// any more; what is leased there can be read on. For kDynamic. INVALID_ARGUMENT: see
+  /// Options::Validate(). RESOURCE_EXHAUSTED: more than 1,024 different stores in the client's
+  /// life.
+  absl::Status SetStores(std::vector<StoreEndpoint> stores);
 
   /// Connects to all stores; OK when all are connected. Optional: for programs that want to tell at
   /// start what is wrong.

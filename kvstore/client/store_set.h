@@ -32,7 +32,8 @@ class StoreSet final {
 
   /// Makes `members` (addresses, distinct) the stores that groups are placed on; `connect` makes
   /// the connection of one that was never met, with the number given. False: too many were met, the
-  /// members are as before. Calls of this one must not overlap.
+  /// members are as before. An empty list is none at all: the members are as before. Calls of this
+  /// one must not overlap.
   bool SetMembers(absl::Span<const std::string> members,
                   const std::function<std::unique_ptr<StoreConnection>(
                       size_t store, const std::string& address)>& connect);

@@ -13,6 +13,8 @@
 #include "base/process.h"
 #include "base/program.h"
 #include "base/status_macros.h"
+#include "cluster/member.h"
+#include "cluster/registration.h"
 #include "kvstore/server/kvstore_server.h"
 
 namespace {
@@ -94,6 +96,13 @@ ABSL_FLAG(OnOff, ucx, OnOff{true},
           "host, by mapping.");
 ABSL_FLAG(std::string, ucx_tls, "",
           "UCX transports, e.g. tcp or sm,self,tcp or rc,tcp. Empty: UCX takes the best there is.");
+ABSL_FLAG(std::string, etcd, "",
+          "host:port of an etcd server where the node publishes itself. Empty: nowhere.");
+ABSL_FLAG(std::string, cluster, "nosara", "Name of the cluster in etcd.");
+ABSL_FLAG(std::string, advertise, "",
+          "host:port that workers reach the node at, for etcd. Empty: that of --listen.");
+ABSL_FLAG(absl::Duration, membership_ttl, absl::Seconds(5),
+          "How long etcd names a node that has died; whole seconds, 1s to 1h.");
 ABSL_FLAG(std::string, log_level, "info", "debug, info, warning or error.");
 ABSL_FLAG(std::string, port_file, "",
           "File to write host:port into once the node listens. Empty: none.");
@@ -118,13 +127,33 @@ absl::Status Run() {
   if (options.listen.empty()) {
     return absl::InvalidArgumentError("listen is empty: must be host:port");
   }
+  const cluster::EtcdLocation etcd{absl::GetFlag(FLAGS_etcd), absl::GetFlag(FLAGS_cluster)};
+  if (!etcd.endpoint.empty()) RETURN_IF_ERROR(etcd.Validate());
+  const absl::Duration ttl = absl::GetFlag(FLAGS_membership_ttl);
+  if (ttl < absl::Seconds(1) || ttl > absl::Hours(1) ||
+      ttl % absl::Seconds(1) != absl::ZeroDuration()) {
+    return absl::InvalidArgumentError(absl::StrCat("membership_ttl = ", absl::FormatDuration(ttl),
+                                                   ": must be whole seconds, 1s to 1h"));
+  }
   ASSIGN_OR_RETURN(const auto server, KvStoreServer::Create(options));
   RETURN_IF_ERROR(WritePortFile(absl::GetFlag(FLAGS_port_file), server->address()));
   const std::string ucx = options.ucx_tls.empty() ? "on" : options.ucx_tls;
   LogInfo("node {} listening on {}, arena of {} at {}, UCX {}", options.node_id, server->address(),
           AbslUnparseFlag(absl::GetFlag(FLAGS_arena_bytes)), server->arena_path(),
           options.ucx == KvStoreServerOptions::Ucx::kOn ? ucx : "off");
+  std::unique_ptr<cluster::Registration> registration;
+  if (!etcd.endpoint.empty()) {
+    const std::string advertised = absl::GetFlag(FLAGS_advertise);
+    ASSIGN_OR_RETURN(registration,
+                     cluster::Registration::Create(
+                         etcd,
+                         {cluster::Role::kStore, options.node_id,
+                          advertised.empty() ? server->address() : advertised, server->epoch()},
+                         ttl));
+  }
   LogInfo("{}: stopping", stop.Wait());
+  // First, so that nobody new comes.
+  if (registration != nullptr) registration->Stop();
   server->Stop();
   return absl::OkStatus();
 }

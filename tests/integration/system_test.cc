@@ -16,6 +16,9 @@
 #include "absl/strings/str_join.h"
 #include "absl/synchronization/mutex.h"
 #include "client/client.h"
+#ifdef NOSARA_ETCD
+#include "tests/etcd.h"
+#endif
 #include "nosara/kvstore/v1/kvstore.grpc.pb.h"
 #include "nosara/worker/v1/worker.grpc.pb.h"
 #include "tests/program.h"
@@ -438,6 +441,70 @@ TEST_F(SystemTest, WithTwoCopiesNobodyNoticesKilledStores) {
     RecordProperty(absl::StrCat(path, "_recoveries"), static_cast<int>(load.recoveries()));
   }
 }
+
+#ifdef NOSARA_ETCD
+// Stores that join, die and leave, known by etcd alone, which itself dies in the end.
+TEST_F(SystemTest, StoresComeAndGoInEtcd) {
+  testing::Etcd etcd;
+  const std::string where = absl::StrCat("--etcd=", etcd.endpoint());
+  const auto join = [&](int i) {
+    return StartStore({where, absl::StrCat("--node_id=store", i), "--membership_ttl=2s"});
+  };
+  const auto worker = std::make_unique<Program>(
+      NOSARA_BIN "/nosara-worker",
+      std::vector<std::string>{"--listen=127.0.0.1:0", absl::StrCat("--model_dir=", kModel),
+                               "--model_name=tiny", where, "--threads=1", "--replicas=2",
+                               "--slots_per_head=-1", "--store_path=ucx", "--store_patience=60s"});
+  const auto router = StartRouter(worker->address());
+  const auto client = Connect(*router);
+  AwaitWorkers(*client, 1);
+  const GenerateRequest request = MakeRequest(1500, 500, 400);
+  EXPECT_THAT(Generate(*client, request).status,
+              StatusIs(absl::StatusCode::kUnavailable, "no KV store is known"));
+  std::unique_ptr<Program> stores[3] = {join(0), join(1), nullptr};
+  Output expected;
+  const absl::Time end = absl::Now() + kTimeout;
+  do {
+    expected = Generate(*client, request);
+  } while (
+      (!expected.status.ok() || StoredPages(*stores[0]) == 0 || StoredPages(*stores[1]) == 0) &&
+      absl::Now() < end);
+  ASSERT_OK(expected.status);
+
+  // A third one gets its part of what is new; what is old is still found.
+  stores[2] = join(2);
+  for (uint32_t seed = 501; StoredPages(*stores[2]) == 0 && absl::Now() < end; ++seed) {
+    ASSERT_OK(Generate(*client, MakeRequest(1000, seed, 2)).status);
+  }
+  EXPECT_GT(StoredPages(*stores[2]), 0u);
+  const Output again = Generate(*client, request);
+  ASSERT_OK(again.status);
+  EXPECT_EQ(again.tokens, expected.tokens);
+  EXPECT_EQ(again.finished.usage().cached_prompt_tokens(), 1472u);
+
+  // One dies, one leaves, in the middle of streams.
+  for (const int i : {0, 1}) {
+    bool gone = false;
+    const Output output = Generate(*client, request, [&](size_t tokens) {
+      if (tokens < 20 || std::exchange(gone, true)) return true;
+      if (i == 0) {
+        stores[0]->Kill();
+      } else {
+        stores[1]->Signal(SIGTERM);
+        EXPECT_EQ(stores[1]->Wait(), 0);
+      }
+      return true;
+    });
+    EXPECT_OK(output.status);
+    EXPECT_EQ(output.tokens, expected.tokens);
+  }
+  // Without etcd everything stays as it is.
+  etcd.Kill();
+  const Output last = Generate(*client, request);
+  EXPECT_OK(last.status);
+  EXPECT_EQ(last.tokens, expected.tokens);
+}
+#endif
 
 TEST_F(SystemTest, EachProgramAnswersHealthAndReflection) {
   const auto store = StartStore();

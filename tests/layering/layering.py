@@ -20,16 +20,17 @@ MAY_INCLUDE = {
     "base": [],
     "kernels": [],
     "text": ["base"],
+    "cluster": ["proto", "base"],
     "kvstore/api": ["base", "proto"],
     "kvstore/transport": ["kvstore/api", "base"],
     "kvstore/client": ["kvstore/api", "kvstore/transport", "proto", "base"],
-    "kvstore/server": ["kvstore/api", "kvstore/transport", "proto", "base"],
-    "worker": ["kernels", "kvstore/api", "kvstore/client", "text", "proto", "base"],
+    "kvstore/server": ["kvstore/api", "kvstore/transport", "cluster", "proto", "base"],
+    "worker": ["kernels", "kvstore/api", "kvstore/client", "cluster", "text", "proto", "base"],
     # The parts of the worker: the model knows nothing of how it is run, the backend nothing of
     # requests, RPCs or stores.
     "worker/model": ["text", "base"],
     "worker/backend": ["worker/model", "worker/cache", "kernels", "kvstore/api", "base"],
-    "router": ["kvstore/api", "text", "proto", "base"],
+    "router": ["kvstore/api", "cluster", "text", "proto", "base"],
     "client": ["text", "proto", "base"],
     # `nosara serve`: all programs in one process. The only place that sees all three servers.
     "client/serve": ["client", "router", "worker", "kvstore/api", "kvstore/client",

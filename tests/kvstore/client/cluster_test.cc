@@ -259,6 +259,40 @@ TEST(ClusterTest, ADamagedCopyIsDiscardedAndTheOtherOneRead) {
   EXPECT_OK(ReadAndCompare(*client, chain, again));
 }
 
+TEST(ClusterTest, StoresJoinAndLeave) {
+  Cluster cluster(3);
+  GrpcStoreClientOptions options = cluster.Options(1);
+  const std::vector<StoreEndpoint> all = std::exchange(options.stores, {});
+  EXPECT_THAT(GrpcStoreClient::Create(options),
+              StatusIs(absl::StatusCode::kInvalidArgument, "stores"));
+  options.membership = GrpcStoreClientOptions::Membership::kDynamic;
+  const auto client = MakeClient(options);
+  TestChain chain(TestLayout(), 64, 8);
+  EXPECT_THAT(Lookup(*client, chain.keys), StatusIs(absl::StatusCode::kUnavailable, "no KV store"));
+  EXPECT_THAT(WriteBlocks(*client, chain, 0, 16),
+              StatusIs(absl::StatusCode::kUnavailable, "no KV store"));
+  EXPECT_THAT(client->SetStores({all[0], all[0]}),
+              StatusIs(absl::StatusCode::kInvalidArgument, "occurs twice"));
+  ASSERT_OK(client->SetStores({all[0]}));
+  std::vector<PageRef> refs;
+  ASSERT_OK(WriteBlocks(*client, chain, 0, 64, &refs));
+  // Two join, each in front of the old home of some groups: these are found as the others.
+  ASSERT_OK(client->SetStores({all[1], all[0]}));
+  ASSERT_OK_AND_ASSIGN(const LookupResult found, Lookup(*client, chain.keys));
+  EXPECT_EQ(found.pages.size(), 64u);
+  EXPECT_OK(ReadAndCompare(*client, chain, found.pages));
+  // The first one leaves: nothing is written there any more, what is leased there is read on.
+  ASSERT_OK(client->SetStores({all[1], all[2]}));
+  const uint64_t stored = cluster.Stats(0).slots_stored();
+  TestChain more(TestLayout(), 64, 9);
+  std::vector<PageRef> new_refs;
+  ASSERT_OK(WriteBlocks(*client, more, 0, 64, &new_refs));
+  EXPECT_EQ(cluster.Stats(0).slots_stored(), stored);
+  EXPECT_EQ(cluster.Stats(1).slots_stored() + cluster.Stats(2).slots_stored(), 64u);
+  EXPECT_OK(ReadAndCompare(*client, chain, refs));
+  EXPECT_OK(ReadAndCompare(*client, more, new_refs));
+}
+
 /// Everything at random, against what was written: bytes are never wrong, nothing hangs, landing
 /// buffers are left alone once their read is over, and while no more than one store has lost its
 /// pages everything is there.
