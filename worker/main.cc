@@ -27,6 +27,10 @@ ABSL_FLAG(std::string, etcd, "",
 ABSL_FLAG(std::string, cluster, "nosara", "name of the cluster in etcd");
 ABSL_FLAG(int32_t, replicas, 1,
           "copies of each page on different stores, where there are so many: 1 to 8");
+ABSL_FLAG(
+    int32_t, repair_mib_per_s, 64,
+    "how fast the worker restores lost copies of pages that it uses, MiB of pages per second, "
+    "0 (not at all) or more");
 ABSL_FLAG(std::string, store_path, "auto",
           "how bytes travel between worker and store: auto, mapped (shared memory of this machine) "
           "or ucx");
@@ -110,6 +114,7 @@ absl::Status Run() {
     options.etcd = cluster::EtcdLocation{etcd, absl::GetFlag(FLAGS_cluster)};
   }
   options.replicas = absl::GetFlag(FLAGS_replicas);
+  options.repair_bytes_per_second = int64_t{absl::GetFlag(FLAGS_repair_mib_per_s)} << 20;
   ASSIGN_OR_RETURN(options.store_path, ParseDataPath(absl::GetFlag(FLAGS_store_path)));
   options.ucx_tls = absl::GetFlag(FLAGS_ucx_tls);
   ASSIGN_OR_RETURN(options.backend.policy, ParsePolicy(absl::GetFlag(FLAGS_attention)));

@@ -53,6 +53,10 @@ absl::Status WorkerServerOptions::Validate() const {
   if (!stores.empty() && etcd.has_value()) {
     return absl::InvalidArgumentError("stores and etcd are both given: must be one of them");
   }
+  if (repair_bytes_per_second < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("repair_bytes_per_second = ", repair_bytes_per_second, ": must be 0 or more"));
+  }
   if (etcd.has_value()) RETURN_IF_ERROR(etcd->Validate());
   if (replicas < 1 || replicas > 8) {
     return absl::InvalidArgumentError(absl::StrCat("replicas = ", replicas, ": must be 1 to 8"));
@@ -77,6 +81,7 @@ absl::Status WorkerServer::Start(WorkerServerOptions options) {
   kvstore::GrpcStoreClientOptions store(layout);
   store.stores = options_.stores;
   store.replicas = static_cast<size_t>(options_.replicas);
+  store.repair_bytes_per_second = static_cast<uint64_t>(options_.repair_bytes_per_second);
   if (options_.etcd.has_value()) {
     store.membership = kvstore::GrpcStoreClientOptions::Membership::kDynamic;
   }

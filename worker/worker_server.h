@@ -42,6 +42,8 @@ struct WorkerServerOptions {
   std::optional<cluster::EtcdLocation> etcd;
   /// Copies of each page on different stores, where there are so many: 1 to 8.
   int replicas = 1;
+  /// How fast lost copies are restored, bytes of pages per second; 0: not at all.
+  int64_t repair_bytes_per_second = int64_t{64} << 20;
   kvstore::DataPath store_path = kvstore::DataPath::kAuto;
   /// UCX transports, in UCX's notation; empty: UCX chooses.
   std::string ucx_tls;

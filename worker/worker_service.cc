@@ -304,6 +304,7 @@ class WorkerServiceImpl final : public v1::WorkerService::CallbackService {
     response->set_reads_failed_over(stores.reads_failed_over);
     response->set_copies_missing(stores.copies_missing);
     response->set_pages_discarded(stores.pages_discarded);
+    response->set_copies_repaired(stores.copies_repaired);
     for (std::string& address : store_->UnreachableStores()) {
       response->add_unreachable_stores(std::move(address));
     }

@@ -123,6 +123,8 @@ struct ClientStats {
   uint64_t reads_failed_over = 0;
   /// Copies of written pages that no store took, of those that there should be.
   uint64_t copies_missing = 0;
+  /// Copies restored that a store had lost.
+  uint64_t copies_repaired = 0;
   /// Pages reported to their stores as damaged.
   uint64_t pages_discarded = 0;
   uint64_t records_by_mapped = 0;

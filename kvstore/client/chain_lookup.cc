@@ -25,6 +25,7 @@ struct ChainLookup::State {
     std::vector<size_t> rank;                       // of the store among the homes of key i
     std::vector<std::pair<size_t, PageRef>> found;  // (index into `keys`, page)
     LeaseId lease;
+    bool answered = false;
   };
 
   std::vector<PageKey> keys;
@@ -129,6 +130,7 @@ void ChainLookup::OnAnswer(const StatePtr& lookup, size_t index, uint64_t epoch,
     OnError(lookup, status);
     return;
   }
+  question.answered = true;
   {
     absl::MutexLock lock(&lookup->mu);
     ++lookup->answers;
@@ -166,10 +168,15 @@ void ChainLookup::Finish(State& lookup) {
     size_t rank = 0;
   };
   std::vector<std::vector<Candidate>> candidates(lookup.keys.size());
+  // Homes that should have page i and could say whether they do.
+  std::vector<size_t> expected(lookup.keys.size(), 0);
   for (const State::Question& question : lookup.questions) {
     const int distance = Distance(options_.stores->at(question.store).path());
     for (const auto& [i, page] : question.found) {
       candidates[question.keys[i]].push_back({page, question.lease, distance, question.rank[i]});
+    }
+    for (size_t i = 0; question.answered && i < question.keys.size(); ++i) {
+      expected[question.keys[i]] += question.rank[i] < options_.replicas ? 1 : 0;
     }
   }
   LookupResult result;
@@ -179,9 +186,13 @@ void ChainLookup::Finish(State& lookup) {
         std::min_element(copies.begin(), copies.end(), [](const Candidate& a, const Candidate& b) {
           return std::tie(a.distance, a.rank) < std::tie(b.distance, b.rank);
         });
+    const size_t i = result.pages.size();
+    const PageOrigin origin{lookup.keys[i - i % kGroupBlocks],
+                            i == 0 ? PageKey() : lookup.keys[i - 1]};
     result.pages.push_back(nearest->page);
-    if (copies.size() == 1) continue;
-    for (const Candidate& copy : copies) options_.copies->Add(copy.page, copy.lease);
+    if (copies.size() < expected[i] && options_.on_short) options_.on_short(nearest->page, origin);
+    if (options_.replicas == 1 && copies.size() == 1) continue;
+    for (const Candidate& copy : copies) options_.copies->Add(copy.page, copy.lease, origin);
   }
   std::vector<LeaseId> useless;
   for (const State::Question& question : lookup.questions) {

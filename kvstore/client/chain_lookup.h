@@ -31,6 +31,8 @@ class ChainLookup final {
     CopyTable* copies = nullptr;
     /// True when the client is closed.
     std::function<bool()> closed;
+    /// Told of pages found with fewer copies than there should be.
+    std::function<void(const PageRef& copy, const PageOrigin& origin)> on_short;
   };
 
   explicit ChainLookup(Options options) : options_(std::move(options)) {}

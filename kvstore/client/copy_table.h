@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
@@ -13,8 +14,14 @@
 
 namespace nosara::kvstore {
 
-/// The copies of pages under the client's leases, of those pages that have more than one. A copy
-/// has a slot, a generation and so checksums of its own.
+/// Where a page belongs: what the placement and the order of eviction need of it.
+struct PageOrigin {
+  PageKey group;
+  PageKey parent;
+};
+
+/// The copies of pages under the client's leases. A copy has a slot, a generation and so checksums
+/// of its own.
 ///
 /// Thread-safe. Invariant: a copy is here as long as its lease has not been removed.
 class CopyTable final {
@@ -28,12 +35,15 @@ class CopyTable final {
   };
 
   /// `page` is a copy held under `lease`.
-  void Add(const PageRef& page, LeaseId lease);
+  void Add(const PageRef& page, LeaseId lease, const PageOrigin& origin);
   /// Forgets all that was held under `leases`.
   void Remove(absl::Span<const LeaseId> leases);
 
   /// All copies known of a page; one that several leases hold is named once.
   std::vector<Copy> CopiesOf(const PageKey& key) const;
+
+  /// Of each page that has a copy on `store`: another one, where there is one, and its origin.
+  std::vector<std::pair<PageRef, PageOrigin>> OtherCopies(StoreId store) const;
 
   /// Notes the checksums of a copy; nothing when it is not here any more.
   void SetChecksums(const PageRef& page, Checksums checksums);
@@ -43,7 +53,11 @@ class CopyTable final {
 
  private:
   mutable absl::Mutex mu_;
-  absl::flat_hash_map<PageKey, std::vector<Copy>> copies_ ABSL_GUARDED_BY(mu_);
+  struct Entry {
+    PageOrigin origin;
+    std::vector<Copy> copies;
+  };
+  absl::flat_hash_map<PageKey, Entry> pages_ ABSL_GUARDED_BY(mu_);
   absl::flat_hash_map<uint64_t, std::vector<PageKey>> by_lease_ ABSL_GUARDED_BY(mu_);
 };
 

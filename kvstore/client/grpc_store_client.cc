@@ -9,6 +9,7 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "kvstore/client/chain_lookup.h"
+#include "kvstore/client/copy_repairer.h"
 #include "kvstore/client/copy_table.h"
 #include "kvstore/client/failover_reader.h"
 #include "kvstore/client/lease_keeper.h"
@@ -71,6 +72,7 @@ class GrpcStoreClient::Impl final {
         replicas_(ReplicaOptions()),
         lookup_(LookupOptions()),
         reader_({options_.layout, &stores_, &transfers_, &copies_}),
+        repairer_(RepairOptions()),
         transfers_(TransferOptions()) {
     CHECK(SetStores(options_.stores).ok());
     transfers_.Run([this] { KeepConnected(); });
@@ -112,6 +114,7 @@ class GrpcStoreClient::Impl final {
     stats.reads_failed_over = reader_.reads_failed_over();
     stats.copies_missing = replicas_.copies_missing();
     stats.pages_discarded = reader_.pages_discarded();
+    stats.copies_repaired = repairer_.copies_repaired();
     return stats;
   }
 
@@ -213,11 +216,40 @@ class GrpcStoreClient::Impl final {
     options.leases = &leases_;
     options.copies = &copies_;
     options.closed = [this] { return IsClosed(); };
+    options.on_short = [this](const PageRef& copy, const PageOrigin& origin) {
+      repairer_.Add(copy, origin);
+    };
     return options;
   }
+  CopyRepairer::Options RepairOptions() {
+    CopyRepairer::Options options{options_.layout};
+    options.replicas = options_.replicas;
+    options.bytes_per_second = options_.repair_bytes_per_second;
+    options.stores = &stores_;
+    options.transfers = &transfers_;
+    options.reader = &reader_;
+    options.writer = &writer_;
+    options.leases = &leases_;
+    return options;
+  }
+  /// `store` has no page any more that it had: the pages that this client holds get new copies.
+  void RepairPagesOf(size_t store) {
+    if (options_.replicas == 1) return;
+    const StoreId id{static_cast<uint32_t>(store)};
+    for (const auto& [copy, origin] : copies_.OtherCopies(id)) repairer_.Add(copy, origin);
+  }
+  void WatchForLosses();
 
   // Constant after construction.
   const GrpcStoreClientOptions options_;
+
+  /// Of a store, as WatchForLosses() saw it.
+  struct Outage {
+    uint64_t epoch = 0;
+    absl::Time since = absl::InfiniteFuture();
+    bool repaired = false;
+  };
+  std::vector<Outage> outages_;  // the transfer thread's
 
   absl::Mutex membership_mu_;  // one SetStores() at a time
 
@@ -233,6 +265,7 @@ class GrpcStoreClient::Impl final {
   ReplicaWriter replicas_;
   ChainLookup lookup_;
   FailoverReader reader_;
+  CopyRepairer repairer_;
   TransferThread transfers_;  // last: ends first, its callbacks use the rest
 };
 
@@ -332,8 +365,30 @@ void GrpcStoreClient::Impl::Read(std::vector<TransferThread::Piece> pieces, absl
 
 // --- Connections ---------------------------------------------------------------------------------
 
+void GrpcStoreClient::Impl::WatchForLosses() {
+  const absl::Time now = Clock::Real()->Now();
+  outages_.resize(stores_.size());
+  for (size_t store = 0; store < stores_.size(); ++store) {
+    Outage& outage = outages_[store];
+    const uint64_t epoch = stores_.at(store).epoch();
+    const bool restarted = outage.epoch != 0 && epoch != outage.epoch;
+    outage.epoch = epoch;
+    if (stores_.at(store).live()) {
+      outage.since = absl::InfiniteFuture();
+      outage.repaired = false;
+      if (restarted) RepairPagesOf(store);
+      continue;
+    }
+    outage.since = std::min(outage.since, now);
+    if (now - outage.since >= options_.repair_delay && !std::exchange(outage.repaired, true)) {
+      RepairPagesOf(store);
+    }
+  }
+}
+
 void GrpcStoreClient::Impl::KeepConnected() {
   if (IsClosed()) return;
+  WatchForLosses();
   for (size_t store = 0; store < stores_.size(); ++store) {
     stores_.at(store).WhenReady([](absl::StatusOr<StoreConnection::Session>) {});
   }
@@ -403,6 +458,7 @@ void GrpcStoreClient::Impl::Close() {
     closed_ = true;
   }
   leases_.Close();
+  repairer_.Close();
   writer_.Close();
   for (size_t store = 0; store < stores_.size(); ++store) stores_.at(store).control().Cancel();
   transfers_.CloseEndpoints();
@@ -410,6 +466,7 @@ void GrpcStoreClient::Impl::Close() {
     absl::MutexLock lock(&mu_);
     mu_.Await(absl::Condition(this, &Impl::Idle));
   }
+  repairer_.WaitIdle();
   leases_.ReleaseAll();
   for (size_t store = 0; store < stores_.size(); ++store) stores_.at(store).control().WaitIdle();
 }

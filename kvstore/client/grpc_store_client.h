@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
@@ -41,6 +42,10 @@ struct GrpcStoreClientOptions {
   enum class Membership { kStatic, kDynamic } membership = Membership::kStatic;
   /// Copies of each page, where there are so many stores: 1 to 8.
   size_t replicas = 1;
+  /// How fast lost copies are restored, bytes of pages per second; 0: not at all.
+  uint64_t repair_bytes_per_second = uint64_t{64} << 20;
+  /// A store that has been gone for so long is taken to have lost its pages.
+  absl::Duration repair_delay = absl::Seconds(10);
   /// How bytes may travel.
   DataPath data_path = DataPath::kAuto;
   /// UCX transports, in UCX's notation ("tcp", "sm,self,tcp"); empty: UCX chooses.

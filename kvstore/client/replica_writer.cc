@@ -14,6 +14,7 @@ struct ReplicaWriter::State {
   // Of the group that is being written: pages [begin, end).
   size_t begin = 0;
   size_t end = 0;
+  PageKey group;
   std::vector<size_t> homes;  // the last one is written next
   std::vector<size_t> spare;  // to be tried where one of these fails
   size_t wanted = 0;          // copies
@@ -35,8 +36,8 @@ void ReplicaWriter::StartGroup(StatePtr write) {
   write->begin = write->end;
   const size_t block = write->position.block + write->begin;
   write->end = std::min(write->pages.size(), write->begin + kGroupBlocks - block % kGroupBlocks);
-  const PageKey& group = write->begin == 0 ? write->position.group : write->pages[write->begin].key;
-  write->homes = options_.stores->Homes(group, options_.replicas + 1);
+  write->group = write->begin == 0 ? write->position.group : write->pages[write->begin].key;
+  write->homes = options_.stores->Homes(write->group, options_.replicas + 1);
   write->spare.assign(write->homes.begin() + std::min(options_.replicas, write->homes.size()),
                       write->homes.end());
   write->homes.resize(write->homes.size() - write->spare.size());
@@ -92,8 +93,13 @@ void ReplicaWriter::FinishGroup(StatePtr write) {
       std::memory_order_relaxed);
   for (const WriteResult& copy : write->copies) {
     write->result.leases.insert(write->result.leases.end(), copy.leases.begin(), copy.leases.end());
-    if (write->copies.size() == 1) continue;
-    for (const PageRef& page : copy.pages) options_.copies->Add(page, copy.leases[0]);
+    if (options_.replicas == 1) continue;
+    for (size_t i = 0; i < copy.pages.size(); ++i) {
+      const size_t page = write->begin + i;
+      const PageOrigin origin{write->group,
+                              page == 0 ? write->position.parent : write->pages[page - 1].key};
+      options_.copies->Add(copy.pages[i], copy.leases[0], origin);
+    }
   }
   const WriteResult& named = write->copies.back();
   for (size_t i = 0; i < named.pages.size(); ++i) {

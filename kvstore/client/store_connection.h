@@ -66,6 +66,8 @@ class StoreConnection final {
   bool live() const;
   /// Of the last session; kMapped before the first.
   Path path() const;
+  /// Of the last session; 0 before the first.
+  uint64_t epoch() const { return session().epoch; }
   /// Of the current session; null unless its path is kMapped or kInProcess.
   std::shared_ptr<const MappedArena> arena() const;
   ControlClient& control() { return control_; }

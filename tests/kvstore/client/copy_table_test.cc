@@ -21,9 +21,9 @@ PageRef Ref(uint8_t key, uint32_t store, uint64_t slot, uint64_t generation) {
 
 TEST(CopyTableTest, ACopyIsNamedOnceAndLastsAsLongAsALeaseOfIt) {
   CopyTable table;
-  table.Add(Ref(1, 0, 5, 7), LeaseId{1});
-  table.Add(Ref(1, 1, 6, 8), LeaseId{2});
-  table.Add(Ref(1, 0, 5, 7), LeaseId{3});
+  table.Add(Ref(1, 0, 5, 7), LeaseId{1}, {});
+  table.Add(Ref(1, 1, 6, 8), LeaseId{2}, {});
+  table.Add(Ref(1, 0, 5, 7), LeaseId{3}, {});
   EXPECT_EQ(table.CopiesOf(Ref(1, 0, 0, 0).key).size(), 2u);
   table.SetChecksums(Ref(1, 0, 5, 7), std::make_shared<std::vector<uint64_t>>(3, 9));
   table.SetChecksums(Ref(2, 0, 5, 7), std::make_shared<std::vector<uint64_t>>(3, 9));
@@ -50,7 +50,7 @@ TEST(CopyTableTest, AgreesWithAPlainModel) {
       const uint8_t key = random() % 10;
       const uint32_t store = random() % 3;
       const uint64_t slot = random() % 4;
-      table.Add(Ref(key, store, slot, 1), LeaseId{lease});
+      table.Add(Ref(key, store, slot, 1), LeaseId{lease}, {});
       model[lease].push_back({key, store, slot});
     }
     std::map<uint8_t, std::set<std::pair<uint32_t, uint64_t>>> expected;
@@ -66,6 +66,19 @@ TEST(CopyTableTest, AgreesWithAPlainModel) {
       }
       ASSERT_EQ(actual, expected[key]);
       ASSERT_EQ(actual.size(), copies.size());
+    }
+    for (uint32_t store = 0; store < 3; ++store) {
+      std::set<uint8_t> keys, others;
+      for (const auto& [key, copies] : expected) {
+        bool there = false, elsewhere = false;
+        for (const auto& copy : copies) (copy.first == store ? there : elsewhere) = true;
+        if (there && elsewhere) keys.insert(key);
+      }
+      for (const auto& [page, origin] : table.OtherCopies(StoreId{store})) {
+        ASSERT_FALSE(page.store == StoreId{store});
+        others.insert(page.key.bytes[0]);
+      }
+      ASSERT_EQ(others, keys);
     }
   }
 }
