@@ -75,6 +75,7 @@ absl::StatusOr<std::unique_ptr<KvStoreServer>> KvStoreServer::Create(
   service.epoch = server->epoch_;
   service.lease_ttl = options.lease_ttl;
   service.quarantine = options.quarantine;
+  service.eviction = options.eviction;
   service.arena = server->arena();
   service.arena_path = server->arena_->path();
   service.host_id = server->arena_->host_id();

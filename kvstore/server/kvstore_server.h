@@ -13,6 +13,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "base/clock.h"
+#include "kvstore/server/eviction_policy.h"
 
 namespace grpc {
 class Channel;
@@ -40,6 +41,8 @@ struct KvStoreServerOptions {
   /// How long a slot whose writer has vanished is kept from reuse. Longer than a write can be on
   /// its way.
   absl::Duration quarantine = absl::Seconds(60);
+  /// Which pages go when the store is full.
+  EvictionKind eviction = EvictionKind::kS3Fifo;
   /// Data plane beside direct mapping.
   enum class Ucx { kOn, kOff };
   Ucx ucx = Ucx::kOn;

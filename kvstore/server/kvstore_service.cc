@@ -156,6 +156,7 @@ absl::Status KvStoreServiceImpl::FixPageSize(const v1::ReserveRequest& request) 
   index.base_generation = options_.epoch & ~uint64_t{0xffffffff};
   index.lease_ttl = options_.lease_ttl;
   index.quarantine = options_.quarantine;
+  index.eviction = options_.eviction;
   index_ = std::make_unique<PageIndex>(index);
   return absl::OkStatus();
 }

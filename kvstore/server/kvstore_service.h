@@ -26,6 +26,7 @@ class KvStoreServiceImpl final : public v1::KvStoreService::CallbackService {
     uint64_t epoch = 0;
     absl::Duration lease_ttl;
     absl::Duration quarantine;
+    EvictionKind eviction = EvictionKind::kS3Fifo;
     absl::Span<std::byte> arena;
     std::string arena_path;
     std::string host_id;

@@ -80,6 +80,25 @@ std::string AbslUnparseFlag(OnOff value) { return value.on ? "on" : "off"; }
 
 }  // namespace
 
+namespace nosara::kvstore {
+
+// Found by the flag library in the namespace of the type.
+static bool AbslParseFlag(absl::string_view text, EvictionKind* kind, std::string* error) {
+  const absl::StatusOr<EvictionKind> parsed = ParseEvictionKind(text);
+  if (!parsed.ok()) {
+    *error = "must be s3fifo or lru";
+    return false;
+  }
+  *kind = *parsed;
+  return true;
+}
+
+static std::string AbslUnparseFlag(EvictionKind kind) {
+  return std::string(EvictionKindName(kind));
+}
+
+}  // namespace nosara::kvstore
+
 ABSL_FLAG(std::string, listen, "127.0.0.1:50061",
           "Address of the control plane, host:port. Port 0 takes a free one (see --port_file).");
 ABSL_FLAG(ByteSize, arena_bytes, ByteSize{uint64_t{1} << 30},
@@ -91,6 +110,9 @@ ABSL_FLAG(absl::Duration, lease_ttl, absl::Seconds(30),
           "How long a lease lives without renewal, 100ms to 24h.");
 ABSL_FLAG(absl::Duration, quarantine, absl::Seconds(60),
           "How long a slot whose writer has vanished is kept from reuse, 0s to 24h.");
+ABSL_FLAG(nosara::kvstore::EvictionKind, eviction, nosara::kvstore::EvictionKind::kS3Fifo,
+          "Which pages a full store gives up first. s3fifo: those used once, before those used "
+          "again. lru: those not used for longest.");
 ABSL_FLAG(OnOff, ucx, OnOff{true},
           "on: the arena can be read and written through UCX from other hosts. off: only from this "
           "host, by mapping.");
@@ -120,6 +142,7 @@ absl::Status Run() {
   options.node_id = absl::GetFlag(FLAGS_node_id);
   options.lease_ttl = absl::GetFlag(FLAGS_lease_ttl);
   options.quarantine = absl::GetFlag(FLAGS_quarantine);
+  options.eviction = absl::GetFlag(FLAGS_eviction);
   options.ucx = absl::GetFlag(FLAGS_ucx).on ? KvStoreServerOptions::Ucx::kOn
                                             : KvStoreServerOptions::Ucx::kOff;
   options.ucx_tls = absl::GetFlag(FLAGS_ucx_tls);

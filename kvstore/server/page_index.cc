@@ -10,7 +10,9 @@
 
 namespace nosara::kvstore {
 
-PageIndex::PageIndex(const Options& options) : options_(options) {
+PageIndex::PageIndex(const Options& options)
+    : options_(options),
+      policy_(MakeEvictionPolicy(options.eviction, static_cast<uint32_t>(options.num_slots))) {
   CHECK(options.num_slots >= 1 && options.num_slots <= std::numeric_limits<Slot>::max());
   slots_.resize(options.num_slots);
   free_.reserve(options.num_slots);
@@ -28,13 +30,14 @@ PageIndex::LookupResult PageIndex::Lookup(absl::Span<const PageKey> keys, absl::
   LookupResult result;
   Lease lease;
   for (const PageKey& key : keys) {
-    const auto found = by_key_.find(key);
-    if (found == by_key_.end() || slots_[found->second].state != State::kStored) {
+    const Slot slot = Find(key);
+    if (slot == kNoSlot || slots_[slot].state != State::kStored) {
       if (scope == Scope::kAll) continue;
       break;
     }
-    LeasePage(found->second, lease);
-    result.pages.push_back({key, found->second, slots_[found->second].generation});
+    LeasePage(slot, lease);
+    policy_->OnUse(slot);
+    result.pages.push_back({key, slot, slots_[slot].generation});
   }
   counters_.keys_found += result.pages.size();
   if (result.pages.empty()) return result;
@@ -55,7 +58,6 @@ absl::StatusOr<PageIndex::ReserveResult> PageIndex::Reserve(absl::Span<const Pag
       return absl::InvalidArgumentError(
           absl::StrCat("keys[", i, "] = ", keys[i].ToHex(), ": occurs twice"));
     }
-    // A page behind itself could never be evicted.
     if (keys[i] == parent) {
       return absl::InvalidArgumentError(
           absl::StrCat("keys[", i, "] = ", keys[i].ToHex(), ": is its own parent"));
@@ -63,8 +65,8 @@ absl::StatusOr<PageIndex::ReserveResult> PageIndex::Reserve(absl::Span<const Pag
     if (!by_key_.contains(keys[i])) missing.push_back(i);
   }
 
-  // Lease what is stored and count the new pages as children first, so that making room can evict
-  // neither them nor the page they hang on.
+  // Lease what is stored, and hold the page that the first new one hangs on, before making room:
+  // that must evict none of them.
   ReserveResult result;
   result.lease_id = next_lease_++;
   Lease lease;
@@ -72,44 +74,48 @@ absl::StatusOr<PageIndex::ReserveResult> PageIndex::Reserve(absl::Span<const Pag
   for (const PageKey& key : keys) {
     ReservedPage page;
     page.page.key = key;
-    const auto found = by_key_.find(key);
-    if (found != by_key_.end() && slots_[found->second].state == State::kStored) {
-      LeasePage(found->second, lease);
+    const Slot slot = Find(key);
+    if (slot != kNoSlot && slots_[slot].state == State::kStored) {
+      LeasePage(slot, lease);
+      policy_->OnUse(slot);
       page.state = ReserveState::kStored;
-      page.page.slot = found->second;
-      page.page.generation = slots_[found->second].generation;
+      page.page.slot = slot;
+      page.page.generation = slots_[slot].generation;
     }
     result.pages.push_back(page);
   }
-  const auto parent_of = [&](size_t i) { return i == 0 ? parent : keys[i - 1]; };
-  for (const size_t i : missing) AddChild(parent_of(i));
-
-  const bool hopeless = missing.size() > free_.size() + stored_ - leased_;
-  while (!hopeless && free_.size() < missing.size() && EvictOne()) {
-  }
-  if (free_.size() < missing.size()) {
+  const Slot anchor = !missing.empty() && missing.front() == 0 ? Find(parent) : kNoSlot;
+  AddReservedChild(anchor);
+  const uint64_t evictable = stored_ + reserved_ - pinned_;
+  if (missing.size() > free_.size() + evictable) {
     ++counters_.reservations_refused;
-    for (const size_t i : missing) RemoveChild(parent_of(i));
-    const absl::Status refused = absl::ResourceExhaustedError(
-        absl::StrCat("store full: ", missing.size(), " pages asked for, ", free_.size(),
-                     " slots of ", slots_.size(), " free, ", leased_, " leased, ", reserved_,
-                     " being written, ", quarantined_.size(), " in quarantine"));
+    const absl::Status refused = absl::ResourceExhaustedError(absl::StrCat(
+        "store full: ", missing.size(), " pages asked for, ", free_.size(), " of ", slots_.size(),
+        " slots free and ", evictable, " evictable; ", leased_, " leased, ", reserved_,
+        " being written, ", quarantined_.size(), " in quarantine"));
+    RemoveReservedChild(anchor);
     expiries_.insert({lease.expires, result.lease_id});
     const auto inserted = leases_.emplace(result.lease_id, std::move(lease)).first;
     EndLease(inserted, LeaseEnd::kReleased, now);
     return refused;
   }
+  while (free_.size() < missing.size()) EvictOne();
 
   for (const size_t i : missing) {
     const Slot slot = free_.back();
     free_.pop_back();
     SlotInfo& info = slots_[slot];
     info.key = keys[i];
-    info.parent = parent_of(i);
+    info.parent = i == 0 ? anchor : Find(keys[i - 1]);
+    if (info.parent != kNoSlot) info.parent_generation = slots_[info.parent].generation;
+    if (i > 0) AddReservedChild(info.parent);
     ++info.generation;
     info.state = State::kReserved;
     info.writer = result.lease_id;
+    info.children = 0;
+    info.pinned_children = 0;
     ++reserved_;
+    ++pinned_;
     by_key_.emplace(keys[i], slot);
     result.pages[i].state = ReserveState::kReserved;
     result.pages[i].page.slot = slot;
@@ -156,11 +162,14 @@ absl::Status PageIndex::Commit(uint64_t lease_id, absl::Span<const Page> pages, 
   for (const Page& page : pages) {
     SlotInfo& info = slots_[page.slot];
     if (info.state == State::kStored) continue;  // a repeated Commit
+    const Slot slot = static_cast<Slot>(page.slot);
+    // Leased before it is no longer reserved: it is pinned throughout.
+    LeasePage(slot, lease);
     info.state = State::kStored;
     --reserved_;
     ++stored_;
     ++counters_.pages_committed;
-    LeasePage(static_cast<Slot>(page.slot), lease);
+    policy_->OnStored(slot, absl::HashOf(info.key));
   }
   return absl::OkStatus();
 }
@@ -175,25 +184,21 @@ void PageIndex::DropReservation(uint64_t lease_id, const Page& page, absl::Time 
 void PageIndex::Discard(absl::Span<const Page> pages, absl::Time now) {
   Expire(now);
   for (const Page& page : pages) {
-    if (page.slot >= slots_.size()) continue;
-    const Slot slot = static_cast<Slot>(page.slot);
-    SlotInfo& info = slots_[slot];
-    if (info.state != State::kStored || info.generation != page.generation ||
-        info.key != page.key) {
+    const std::optional<Page> stored = StoredIn(page.slot);
+    if (!stored.has_value() || stored->generation != page.generation || stored->key != page.key) {
       continue;
     }
-    info.state = info.leases > 0 ? State::kDiscarded : State::kFree;
-    RefreshEvictable(slot);
-    --stored_;
+    const Slot slot = static_cast<Slot>(page.slot);
+    RemoveStored(slot);
+    policy_->OnRemoved(slot);
     ++counters_.pages_discarded;
-    by_key_.erase(info.key);
-    if (info.leases > 0) {
+    if (slots_[slot].leases > 0) {
+      slots_[slot].state = State::kDiscarded;
       --leased_;
       ++discarded_;
     } else {
       free_.push_back(slot);
     }
-    RemoveChild(info.parent);
   }
 }
 
@@ -237,19 +242,19 @@ void PageIndex::Expire(absl::Time now) {
 void PageIndex::EndLease(LeaseMap::iterator lease, LeaseEnd end, absl::Time now) {
   const uint64_t id = lease->first;
   expiries_.erase({lease->second.expires, id});
-  ++use_counter_;
-  for (const Slot slot : lease->second.pages) {
-    SlotInfo& info = slots_[slot];
+  // From the tail of the chain: see EvictionPolicy::OnIdle() and PinsChanged().
+  for (auto it = lease->second.pages.rbegin(); it != lease->second.pages.rend(); ++it) {
+    SlotInfo& info = slots_[*it];
     if (--info.leases > 0) continue;
     if (info.state == State::kDiscarded) {
       --discarded_;
       info.state = State::kFree;
-      free_.push_back(slot);
+      free_.push_back(*it);
       continue;
     }
     --leased_;
-    info.last_use = use_counter_;
-    RefreshEvictable(slot);
+    PinsChanged(*it, /*was=*/true);
+    policy_->OnIdle(*it);
   }
   for (const Page& page : lease->second.reservations) {
     if (!IsReservation(id, page)) continue;  // committed or dropped since
@@ -265,62 +270,95 @@ void PageIndex::EndLease(LeaseMap::iterator lease, LeaseEnd end, absl::Time now)
   leases_.erase(lease);
 }
 
-void PageIndex::LeasePage(Slot slot, Lease& lease) {
-  lease.pages.push_back(slot);
-  if (++slots_[slot].leases == 1) ++leased_;
-  RefreshEvictable(slot);
+PageIndex::Slot PageIndex::Find(const PageKey& key) const {
+  const auto found = by_key_.find(key);
+  return found == by_key_.end() ? kNoSlot : found->second;
 }
 
-void PageIndex::RefreshEvictable(Slot slot) {
-  SlotInfo& info = slots_[slot];
-  const bool evictable =
-      info.state == State::kStored && info.leases == 0 && !children_.contains(info.key);
-  if (evictable == info.evictable) return;
-  info.evictable = evictable;
-  if (evictable) {
-    evictable_.insert({info.last_use, slot});
-  } else {
-    evictable_.erase({info.last_use, slot});
+PageIndex::Slot PageIndex::ParentOf(const SlotInfo& info) const {
+  if (info.parent == kNoSlot) return kNoSlot;
+  const SlotInfo& parent = slots_[info.parent];
+  // A reservation can go while others hang on it; evicted pages have nobody linked to them.
+  return IsKeyed(parent) && parent.generation == info.parent_generation ? info.parent : kNoSlot;
+}
+
+void PageIndex::PinsChanged(Slot slot, bool was) {
+  while (slot != kNoSlot) {
+    const bool is = IsPinned(slots_[slot]);
+    if (is == was) return;
+    is ? ++pinned_ : --pinned_;
+    slot = ParentOf(slots_[slot]);
+    if (slot == kNoSlot) return;
+    was = IsPinned(slots_[slot]);
+    is ? ++slots_[slot].pinned_children : --slots_[slot].pinned_children;
   }
 }
 
-void PageIndex::RefreshEvictable(const PageKey& key) {
-  const auto found = by_key_.find(key);
-  if (found != by_key_.end()) RefreshEvictable(found->second);
+void PageIndex::LeasePage(Slot slot, Lease& lease) {
+  const bool was = IsPinned(slots_[slot]);
+  lease.pages.push_back(slot);
+  if (++slots_[slot].leases == 1) ++leased_;
+  PinsChanged(slot, was);
 }
 
-void PageIndex::AddChild(const PageKey& parent) {
-  if (++children_[parent] == 1) RefreshEvictable(parent);
+void PageIndex::AddReservedChild(Slot parent) {
+  if (parent == kNoSlot) return;
+  SlotInfo& info = slots_[parent];
+  const bool was = IsPinned(info);
+  ++info.children;
+  ++info.pinned_children;
+  PinsChanged(parent, was);
 }
 
-void PageIndex::RemoveChild(const PageKey& parent) {
-  const auto found = children_.find(parent);
-  if (--found->second > 0) return;
-  children_.erase(found);
-  RefreshEvictable(parent);
+void PageIndex::RemoveReservedChild(Slot parent) {
+  if (parent == kNoSlot) return;
+  SlotInfo& info = slots_[parent];
+  --info.children;
+  --info.pinned_children;
+  PinsChanged(parent, /*was=*/true);
+  if (IsEvictable(parent)) policy_->OnLeaf(parent);
 }
 
-bool PageIndex::EvictOne() {
-  if (evictable_.empty()) return false;
-  const Slot slot = evictable_.begin()->second;
-  evictable_.erase(evictable_.begin());
-  SlotInfo& info = slots_[slot];
-  info.evictable = false;
-  info.state = State::kFree;
-  --stored_;
+bool PageIndex::IsEvictable(Slot slot) const {
+  const SlotInfo& info = slots_[slot];
+  return info.state == State::kStored && info.leases == 0 && info.children == 0;
+}
+
+void PageIndex::EvictOne() {
+  const std::optional<Slot> victim =
+      policy_->TakeVictim([this](Slot slot) { return IsEvictable(slot); });
+  CHECK(victim.has_value());
+  RemoveStored(*victim);
   ++counters_.pages_evicted;
+  slots_[*victim].state = State::kFree;
+  free_.push_back(*victim);
+}
+
+void PageIndex::RemoveStored(Slot slot) {
+  SlotInfo& info = slots_[slot];
+  const Slot parent = ParentOf(info);
+  const bool pinned = IsPinned(info);
+  --stored_;
+  if (pinned) --pinned_;
   by_key_.erase(info.key);
-  free_.push_back(slot);
-  RemoveChild(info.parent);
-  return true;
+  info.state = State::kFree;
+  if (parent == kNoSlot) return;
+  SlotInfo& parent_info = slots_[parent];
+  const bool was = IsPinned(parent_info);
+  --parent_info.children;
+  if (pinned) --parent_info.pinned_children;
+  PinsChanged(parent, was);
+  if (IsEvictable(parent)) policy_->OnLeaf(parent);
 }
 
 void PageIndex::Unreserve(Slot slot) {
   SlotInfo& info = slots_[slot];
+  const Slot parent = ParentOf(info);
   --reserved_;
+  --pinned_;
   by_key_.erase(info.key);
   info.state = State::kFree;
-  RemoveChild(info.parent);
+  RemoveReservedChild(parent);
 }
 
 void PageIndex::Quarantine(Slot slot, absl::Time now) {
@@ -337,8 +375,14 @@ PageIndex::Stats PageIndex::stats() const {
   stats.slots_quarantined = quarantined_.size();
   stats.slots_discarded = discarded_;
   stats.pages_leased = leased_;
+  stats.pages_evictable = stored_ + reserved_ - pinned_;
   stats.leases = leases_.size();
   return stats;
+}
+
+std::optional<PageIndex::Page> PageIndex::StoredIn(uint64_t slot) const {
+  if (slot >= slots_.size() || slots_[slot].state != State::kStored) return std::nullopt;
+  return Page{slots_[slot].key, slot, slots_[slot].generation};
 }
 
 absl::Status PageIndex::CheckIntegrity() const {
@@ -354,9 +398,8 @@ absl::Status PageIndex::CheckIntegrity() const {
 
   const absl::flat_hash_set<Slot> free(free_.begin(), free_.end());
   if (free.size() != free_.size()) return broken("slot twice in the free list", 0);
-  absl::flat_hash_map<PageKey, uint32_t> children;
-  uint64_t stored = 0, reserved = 0, quarantined = 0, leased = 0, evictable = 0, keyed = 0,
-           discarded = 0;
+  std::vector<uint32_t> children(slots_.size(), 0), pinned_children(slots_.size(), 0);
+  uint64_t stored = 0, reserved = 0, quarantined = 0, leased = 0, pinned = 0, discarded = 0;
   for (Slot slot = 0; slot < slots_.size(); ++slot) {
     const SlotInfo& info = slots_[slot];
     if (free.contains(slot) != (info.state == State::kFree)) return broken("free list", slot);
@@ -372,30 +415,32 @@ absl::Status PageIndex::CheckIntegrity() const {
     stored += info.state == State::kStored;
     reserved += info.state == State::kReserved;
     quarantined += info.state == State::kQuarantined;
-    evictable += info.evictable;
-    if (info.state == State::kStored || info.state == State::kReserved) {
-      ++keyed;
-      ++children[info.parent];
-      const auto found = by_key_.find(info.key);
-      if (found == by_key_.end() || found->second != slot) return broken("key", slot);
+    if (IsKeyed(info)) {
+      if (Find(info.key) != slot) return broken("key", slot);
+      pinned += IsPinned(info);
+      const Slot parent = ParentOf(info);
+      if (parent != kNoSlot) {
+        ++children[parent];
+        pinned_children[parent] += IsPinned(info);
+      }
     }
     if (info.state == State::kReserved && !leases_.contains(info.writer)) {
       return broken("reservation without lease", slot);
     }
     if (info.generation < options_.base_generation) return broken("generation", slot);
   }
-  if (keyed != by_key_.size()) return broken("key without slot", 0);
-  if (stored != stored_ || reserved != reserved_ || leased != leased_) return broken("counts", 0);
-  if (discarded != discarded_) return broken("count of discarded slots", 0);
+  if (stored + reserved != by_key_.size()) return broken("key without slot", 0);
+  if (stored != stored_ || reserved != reserved_ || leased != leased_ || pinned != pinned_ ||
+      discarded != discarded_) {
+    return broken("counts", 0);
+  }
   if (quarantined != quarantined_.size()) return broken("count of quarantined slots", 0);
-  if (evictable != evictable_.size()) return broken("count of evictable slots", 0);
-  if (children != children_) return broken("children", 0);
   for (Slot slot = 0; slot < slots_.size(); ++slot) {
     const SlotInfo& info = slots_[slot];
-    const bool expected =
-        info.state == State::kStored && info.leases == 0 && !children.contains(info.key);
-    if (expected != info.evictable) return broken("evictable", slot);
-    if (expected && !evictable_.contains({info.last_use, slot})) return broken("eviction", slot);
+    if (!IsKeyed(info)) continue;
+    if (children[slot] != info.children) return broken("count of children", slot);
+    if (pinned_children[slot] != info.pinned_children) return broken("pinned children", slot);
+    if (IsEvictable(slot) && !policy_->IsQueued(slot)) return broken("eviction", slot);
   }
   for (const auto& [until, slot] : quarantined_) {
     if (slots_[slot].state != State::kQuarantined) return broken("quarantine", slot);

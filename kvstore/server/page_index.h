@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <limits>
+#include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,6 +15,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "kvstore/api/page_key.h"
+#include "kvstore/server/eviction_policy.h"
 
 namespace nosara::kvstore {
 
@@ -28,9 +31,11 @@ namespace nosara::kvstore {
 ///  2. a key has at most one slot, reserved or stored;
 ///  3. a slot's generation grows by one at each reservation: an old reference never matches;
 ///  4. a stored page under a live lease is neither evicted nor reused;
-///  5. a stored page is evictable iff it has no lease and no page behind it in the index, so a
-///  chain
-///     goes from its tail; of those the least recently leased goes first.
+///  5. a page is linked to its parent when that is in the index as the page is reserved, otherwise
+///     to nothing, so that links cannot form a cycle whatever keys a client names;
+///  6. a page is pinned iff it is reserved, leased or linked to by a pinned one. All others are
+///     evictable, one after the other: a page goes after those that are linked to it, so a chain
+///     goes from its tail. The policy chooses among the pages that nobody is linked to.
 class PageIndex final {
  public:
   struct Options {
@@ -39,6 +44,7 @@ class PageIndex final {
     uint64_t base_generation = 0;
     absl::Duration lease_ttl = absl::Seconds(30);
     absl::Duration quarantine = absl::Seconds(60);
+    EvictionKind eviction = EvictionKind::kS3Fifo;
   };
 
   struct Page {
@@ -70,6 +76,8 @@ class PageIndex final {
     uint64_t slots_quarantined = 0;
     uint64_t slots_discarded = 0;
     uint64_t pages_leased = 0;
+    /// Stored pages that could be evicted now.
+    uint64_t pages_evictable = 0;
     uint64_t leases = 0;
     uint64_t keys_looked_up = 0;
     uint64_t keys_found = 0;
@@ -91,9 +99,8 @@ class PageIndex final {
 
   /// Slots for `keys`, consecutive blocks of a chain behind `parent`. Evicts what it must. All
   /// states are under the one new lease, but for kBusy ones.
-  /// RESOURCE_EXHAUSTED: not enough slots are free or evictable; nothing was reserved, though some
-  /// evictable pages may be gone. INVALID_ARGUMENT: a key occurs twice, or is
-  /// `parent`.
+  /// RESOURCE_EXHAUSTED: not enough slots are free or evictable; nothing was reserved or evicted.
+  /// INVALID_ARGUMENT: a key occurs twice, or is `parent`.
   absl::StatusOr<ReserveResult> Reserve(absl::Span<const PageKey> keys, const PageKey& parent,
                                         absl::Time now);
 
@@ -123,21 +130,26 @@ class PageIndex final {
 
   Stats stats() const;
 
+  /// The page stored in `slot`; none when the slot holds none, or does not exist.
+  std::optional<Page> StoredIn(uint64_t slot) const;
+
   /// The first broken invariant, as INTERNAL. Linear in the number of slots; for tests.
   absl::Status CheckIntegrity() const;
 
  private:
-  using Slot = uint32_t;
+  using Slot = EvictionPolicy::Slot;
+  static constexpr Slot kNoSlot = std::numeric_limits<Slot>::max();
   enum class State : uint8_t { kFree, kReserved, kStored, kQuarantined, kDiscarded };
   struct SlotInfo {
     PageKey key;
-    PageKey parent;
     uint64_t generation = 0;
-    uint64_t last_use = 0;  // value of use_counter_ when its last lease ended
-    uint64_t writer = 0;    // lease of the reservation, while reserved
-    uint32_t leases = 0;    // live leases on the stored or discarded page
+    uint64_t writer = 0;             // lease of the reservation, while reserved
+    uint64_t parent_generation = 0;  // the link holds while this is the generation of `parent`
+    Slot parent = kNoSlot;
+    uint32_t leases = 0;           // live leases on the stored or discarded page
+    uint32_t children = 0;         // pages linked to this one
+    uint32_t pinned_children = 0;  // of these, the pinned ones
     State state = State::kFree;
-    bool evictable = false;  // is in evictable_
   };
   struct Lease {
     absl::Time expires;
@@ -148,13 +160,30 @@ class PageIndex final {
   };
   using LeaseMap = absl::flat_hash_map<uint64_t, Lease>;
 
-  /// Puts the slot into or out of evictable_ as invariant 5 says.
-  void RefreshEvictable(Slot slot);
-  void RefreshEvictable(const PageKey& key);
+  static bool IsKeyed(const SlotInfo& info) {
+    return info.state == State::kReserved || info.state == State::kStored;
+  }
+  static bool IsPinned(const SlotInfo& info) {
+    return info.state == State::kReserved || info.leases > 0 || info.pinned_children > 0;
+  }
+  /// Stored, neither leased nor linked to: may go next.
+  bool IsEvictable(Slot slot) const;
+  /// The slot of `key`; kNoSlot when it is neither reserved nor stored.
+  Slot Find(const PageKey& key) const;
+  /// The page that this one is linked to, or kNoSlot.
+  Slot ParentOf(const SlotInfo& info) const;
+  /// To be called when something that IsPinned() reads has changed: `was` is what it said before.
+  /// Goes up the chain as far as that changes others. Where leases cover chains from their heads,
+  /// are taken from the head and ended from the tail, it changes nobody else.
+  void PinsChanged(Slot slot, bool was);
   void LeasePage(Slot slot, Lease& lease);
-  void AddChild(const PageKey& parent);
-  void RemoveChild(const PageKey& parent);
-  bool EvictOne();
+  /// A reserved page is linked to `parent`, or no longer.
+  void AddReservedChild(Slot parent);
+  void RemoveReservedChild(Slot parent);
+  /// Precondition: a page is evictable.
+  void EvictOne();
+  /// Takes a stored page out of the index; the caller says what the slot becomes.
+  void RemoveStored(Slot slot);
   /// Ends a reservation: its slot leaves the index.
   void Unreserve(Slot slot);
   void Quarantine(Slot slot, absl::Time now);
@@ -166,17 +195,15 @@ class PageIndex final {
   std::vector<SlotInfo> slots_;
   std::vector<Slot> free_;  // a stack
   absl::flat_hash_map<PageKey, Slot> by_key_;
-  /// Number of reserved or stored pages whose parent has this key; no zero entries.
-  absl::flat_hash_map<PageKey, uint32_t> children_;
-  absl::btree_set<std::pair<uint64_t, Slot>> evictable_;  // (last_use, slot)
+  const std::unique_ptr<EvictionPolicy> policy_;
   absl::btree_set<std::pair<absl::Time, Slot>> quarantined_;
   LeaseMap leases_;
   absl::btree_set<std::pair<absl::Time, uint64_t>> expiries_;
   uint64_t next_lease_ = 1;
-  uint64_t use_counter_ = 0;
   uint64_t stored_ = 0;
   uint64_t reserved_ = 0;
   uint64_t leased_ = 0;     // stored pages under a lease
+  uint64_t pinned_ = 0;     // reserved ones too
   uint64_t discarded_ = 0;  // slots
   Stats counters_;          // only the counters, not the gauges
 };

@@ -114,7 +114,9 @@ TEST_F(PageIndexTest, LeasedPagesAreNeverEvicted) {
 }
 
 TEST_F(PageIndexTest, AChainGoesFromItsTail) {
-  PageIndex index(Options(4));
+  PageIndex::Options options = Options(4);
+  options.eviction = EvictionKind::kLru;
+  PageIndex index(options);
   Release(index, Store(index, 0, 4, kRoot), now_);
   Release(index, Store(index, 10, 11, kRoot), now_);
   EXPECT_EQ(Found(index, 0, 4), 3u);
@@ -156,6 +158,52 @@ TEST_F(PageIndexTest, AFailedReserveReservesNothing) {
   EXPECT_EQ(index.stats().leases, 1u);
   EXPECT_EQ(index.stats().reservations_refused, 1u);
   Release(index, lease, now_);
+}
+
+TEST_F(PageIndexTest, AFailedReserveEvictsNothing) {
+  PageIndex index(Options(4));
+  // 0 cannot go: 1, which is leased, hangs on it. Only 2 and 3 can.
+  Release(index, Store(index, 0, 1, kRoot), now_);
+  const uint64_t lease = Store(index, 1, 2);
+  Release(index, Store(index, 2, 4), now_);
+  EXPECT_EQ(index.stats().pages_evictable, 2u);
+  EXPECT_THAT(index.Reserve(Keys(10, 13), Key(kRoot), now_),
+              StatusIs(absl::StatusCode::kResourceExhausted,
+                       "3 pages asked for, 0 of 4 slots free and 2 evictable; 1 leased"));
+  EXPECT_EQ(index.stats().pages_evicted, 0u);
+  EXPECT_OK(index.CheckIntegrity());
+  Store(index, 10, 12, kRoot);
+  EXPECT_EQ(Found(index, 0, 4), 2u);
+  Release(index, lease, now_);
+}
+
+TEST_F(PageIndexTest, PagesThatNameEachOtherAsParentsAreEvictedLikeOthers) {
+  for (const EvictionKind kind : {EvictionKind::kLru, EvictionKind::kS3Fifo}) {
+    PageIndex::Options options = Options(3);
+    options.eviction = kind;
+    PageIndex index(options);
+    // 0 behind 1, 1 behind 2, 2 behind 0.
+    Release(index, Store(index, 0, 1, 1), now_);
+    Release(index, Store(index, 1, 2, 2), now_);
+    Release(index, Store(index, 2, 3, 0), now_);
+    EXPECT_EQ(index.stats().pages_evictable, 3u);
+    Store(index, 10, 13, kRoot);
+    EXPECT_EQ(index.stats().pages_evicted, 3u);
+  }
+}
+
+TEST_F(PageIndexTest, APageBehindAReservationThatIsDroppedIsEvictedLikeOthers) {
+  PageIndex index(Options(3));
+  const auto parent = index.Reserve(Keys(0, 1), Key(kRoot), now_);
+  ASSERT_OK(parent);
+  Release(index, Store(index, 1, 2), now_);
+  EXPECT_EQ(index.stats().pages_evictable, 1u);
+  Release(index, parent->lease_id, now_);
+  // 0 again, in another slot or the same one: 1 does not hang on it.
+  Release(index, Store(index, 0, 1, kRoot), now_);
+  EXPECT_EQ(index.stats().pages_evictable, 2u);
+  Store(index, 10, 13, kRoot);
+  EXPECT_EQ(index.stats().pages_evicted, 2u);
 }
 
 TEST_F(PageIndexTest, LeasesExpireAndCanBeRenewed) {
@@ -270,11 +318,13 @@ TEST_F(PageIndexTest, RefusesRepeatedAndSelfParentedKeys) {
 // knows what must hold (leased pages are found, in their slots; generations grow; a parent outlives
 // its child), not what is evicted.
 TEST_F(PageIndexTest, RandomOperationsKeepTheInvariants) {
-  for (uint64_t seed = 1; seed <= 20; ++seed) {
+  for (uint64_t seed = 1; seed <= 40; ++seed) {
     SCOPED_TRACE(seed);
     std::mt19937_64 random(seed);
     const uint64_t slots = 4 + random() % 20;
-    PageIndex index(Options(slots));
+    PageIndex::Options options = Options(slots);
+    options.eviction = seed % 2 == 0 ? EvictionKind::kLru : EvictionKind::kS3Fifo;
+    PageIndex index(options);
     struct ModelLease {
       absl::Time expires;
       std::map<int, PageIndex::Page> pages;         // committed or found
@@ -319,11 +369,15 @@ TEST_F(PageIndexTest, RandomOperationsKeepTheInvariants) {
           const int end = std::min(12, begin + 1 + static_cast<int>(random() % 3));
           const int from = std::max(0, begin - static_cast<int>(random() % 2));
           if (from >= end) break;
+          const PageIndex::Stats before = index.stats();
           const auto result =
               index.Reserve(chain_keys(chain, from, end),
                             from == 0 ? Key(kRoot) : Key(100 * chain + from - 1), now_);
           if (!result.ok()) {
             ASSERT_THAT(result, StatusIs(absl::StatusCode::kResourceExhausted, "store full"));
+            ASSERT_EQ(index.stats().pages_evicted, before.pages_evicted);
+            ASSERT_EQ(index.stats().slots_free, before.slots_free);
+            ASSERT_EQ(index.stats().pages_evictable, before.pages_evictable);
             break;
           }
           ModelLease& lease = leases[result->lease_id];
@@ -384,7 +438,11 @@ TEST_F(PageIndexTest, RandomOperationsKeepTheInvariants) {
         }
       }
       ASSERT_OK(index.CheckIntegrity()) << "step " << step;
-      ASSERT_EQ(index.stats().leases, leases.size()) << "step " << step;
+      const PageIndex::Stats stats = index.stats();
+      ASSERT_EQ(stats.leases, leases.size()) << "step " << step;
+      ASSERT_EQ(stats.slots_free + stats.slots_stored + stats.slots_reserved +
+                    stats.slots_quarantined + stats.slots_discarded,
+                slots);
       // Every page under a live lease is where it was, by a lookup of its own key.
       for (const auto& [id, lease] : leases) {
         for (const auto& [n, page] : lease.pages) {
@@ -396,6 +454,11 @@ TEST_F(PageIndexTest, RandomOperationsKeepTheInvariants) {
         }
       }
     }
+    // Nothing has leaked: without leases and quarantine every slot can be had.
+    for (const auto& [id, lease] : leases) index.Release({&id, 1}, now_);
+    now_ += absl::Hours(1);
+    ASSERT_OK(index.Reserve(Keys(5000, 5000 + static_cast<int>(slots)), Key(kRoot), now_));
+    ASSERT_OK(index.CheckIntegrity());
   }
 }
 
