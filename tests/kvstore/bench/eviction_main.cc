@@ -35,6 +35,7 @@ ABSL_FLAG(std::vector<std::string>, scan_capacities,
 ABSL_FLAG(absl::Duration, token_time, absl::Milliseconds(20),
           "How long a request holds its leases for each token that it generates.");
 ABSL_FLAG(uint64_t, seed, 1, "Seed of the made-up trace.");
+ABSL_FLAG(std::string, commit, "", "Commit of this build, for the JSON entries.");
 ABSL_FLAG(std::string, json, "", "File for the figures; empty: only the table.");
 
 namespace nosara::kvstore {
@@ -152,8 +153,7 @@ nlohmann::json Entry(const char* trace, const char* policy, uint64_t blocks, con
           {"block_hit_ratio", result.block_hit_ratio()},
           {"token_hit_ratio", result.token_hit_ratio()},
           {"pages_evicted", result.evictions},
-          {"requests_refused", result.refused},
-          {"replay_seconds", absl::ToDoubleSeconds(result.time)}};
+          {"requests_refused", result.refused}};
 }
 
 absl::Status Measure(const char* name, const RequestTrace& trace,
@@ -219,6 +219,11 @@ absl::Status Run() {
   RETURN_IF_ERROR(Measure("scan", MakeScanTrace(scan), scan_capacities, token_time, entries));
   const std::string json = absl::GetFlag(FLAGS_json);
   if (!json.empty()) {
+    for (nlohmann::json& entry : entries) {
+      entry["commit"] = absl::GetFlag(FLAGS_commit);
+      entry["seed"] = scan.seed;
+      entry["token_time_ms"] = absl::ToInt64Milliseconds(token_time);
+    }
     std::ofstream out(json);
     out << entries.dump(1) << "\n";
     if (!out.flush()) return absl::UnavailableError(absl::StrCat("cannot write ", json));
