@@ -1,6 +1,7 @@
 #include "kvstore/client/page_writer.h"
 
 #include <algorithm>
+#include <random>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -13,6 +14,12 @@ namespace {
 constexpr int kAttempts = 2;
 constexpr absl::Duration kFirstBusyDelay = absl::Milliseconds(2);
 constexpr absl::Duration kMaxBusyDelay = absl::Milliseconds(100);
+
+/// Not 0, and another one each time.
+uint64_t NewRequestId() {
+  std::random_device random;
+  return (uint64_t{random()} << 32 | random()) | 1;
+}
 
 }  // namespace
 
@@ -36,6 +43,8 @@ struct PageWriter::State {
   /// Generation under which we wrote page i; 0: we did not.
   std::vector<uint64_t> written;
   std::vector<LeaseId> old_leases;
+  /// The same until an answer has come: a store that has seen it before says again what it said.
+  uint64_t request_id = NewRequestId();
 
   // Of the current attempt.
   uint64_t epoch = 0;
@@ -79,6 +88,7 @@ void PageWriter::Reserve(StatePtr write) {
     request.set_page_bytes(options_.layout.page_bytes());
     request.set_layout_fingerprint(options_.layout.fingerprint());
     request.set_prefix_bytes(options_.layout.prefix_bytes());
+    request.set_request_id(write->request_id);
     const absl::Time sent = options_.clock->Now();
     store(*write).control().Reserve(
         std::move(request), [this, write, sent](absl::StatusOr<v1::ReserveResponse> response) {
@@ -101,6 +111,7 @@ void PageWriter::OnReserved(StatePtr write, absl::Time sent,
     return;
   }
   write->server_lease = response->lease_id();
+  write->request_id = NewRequestId();
   write->lease = options_.leases->Add(write->store, write->epoch, response->lease_id(), sent,
                                       absl::Milliseconds(response->lease_ttl_ms()));
   if (const absl::Status parsed = ParseReserved(*write, *response); !parsed.ok()) {

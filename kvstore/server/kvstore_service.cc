@@ -176,7 +176,7 @@ absl::Status KvStoreServiceImpl::DoReserve(const v1::ReserveRequest& request,
           absl::StrCat("node ", options_.node_id, " is draining: takes no new pages"));
     }
     RETURN_IF_ERROR(FixPageSize(request));
-    ASSIGN_OR_RETURN(reserved, index_->Reserve(keys, *parent, options_.clock->Now()));
+    ASSIGN_OR_RETURN(reserved, index_->Reserve(keys, *parent, options_.clock->Now(), request.request_id()));
   }
   for (const PageIndex::ReservedPage& page : reserved.pages) {
     v1::ReserveResponse::Slot* const slot = response.add_slots();

@@ -49,8 +49,17 @@ PageIndex::LookupResult PageIndex::Lookup(absl::Span<const PageKey> keys, absl::
 }
 
 absl::StatusOr<PageIndex::ReserveResult> PageIndex::Reserve(absl::Span<const PageKey> keys,
-                                                            const PageKey& parent, absl::Time now) {
+                                                            const PageKey& parent, absl::Time now,
+                                                            uint64_t request_id) {
   Expire(now);
+  const size_t request_hash = absl::HashOf(keys, parent);
+  if (const auto repeated = requests_.find(request_id); repeated != requests_.end()) {
+    if (leases_.find(repeated->second)->second.request_hash != request_hash) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("request_id = ", request_id, ": was used for other keys"));
+    }
+    return RepeatReserve(repeated->second, keys, now);
+  }
   absl::flat_hash_set<PageKey> distinct;
   std::vector<size_t> missing;
   for (size_t i = 0; i < keys.size(); ++i) {
@@ -71,6 +80,8 @@ absl::StatusOr<PageIndex::ReserveResult> PageIndex::Reserve(absl::Span<const Pag
   result.lease_id = next_lease_++;
   Lease lease;
   lease.expires = now + options_.lease_ttl;
+  lease.request_id = request_id;
+  lease.request_hash = request_hash;
   for (const PageKey& key : keys) {
     ReservedPage page;
     page.page.key = key;
@@ -122,8 +133,36 @@ absl::StatusOr<PageIndex::ReserveResult> PageIndex::Reserve(absl::Span<const Pag
     result.pages[i].page.generation = info.generation;
     lease.reservations.push_back(result.pages[i].page);
   }
+  if (request_id != 0) requests_.emplace(request_id, result.lease_id);
   expiries_.insert({lease.expires, result.lease_id});
   leases_.emplace(result.lease_id, std::move(lease));
+  return result;
+}
+
+PageIndex::ReserveResult PageIndex::RepeatReserve(uint64_t lease_id, absl::Span<const PageKey> keys,
+                                                  absl::Time now) {
+  Renew({&lease_id, 1}, now);
+  Lease& lease = leases_.find(lease_id)->second;
+  const absl::flat_hash_set<Slot> leased(lease.pages.begin(), lease.pages.end());
+  ReserveResult result;
+  result.lease_id = lease_id;
+  for (const PageKey& key : keys) {
+    ReservedPage page;  // busy: another's, or a reservation of this lease that was dropped
+    page.page.key = key;
+    const Slot slot = Find(key);
+    if (slot != kNoSlot && slots_[slot].state == State::kStored) {
+      // Another's at first, and committed since.
+      if (!leased.contains(slot)) LeasePage(slot, lease);
+      page.state = ReserveState::kStored;
+    } else if (slot != kNoSlot && slots_[slot].writer == lease_id) {
+      page.state = ReserveState::kReserved;
+    }
+    if (page.state != ReserveState::kBusy) {
+      page.page.slot = slot;
+      page.page.generation = slots_[slot].generation;
+    }
+    result.pages.push_back(page);
+  }
   return result;
 }
 
@@ -267,6 +306,7 @@ void PageIndex::EndLease(LeaseMap::iterator lease, LeaseEnd end, absl::Time now)
       free_.push_back(slot);
     }
   }
+  if (lease->second.request_id != 0) requests_.erase(lease->second.request_id);
   leases_.erase(lease);
 }
 
@@ -393,6 +433,12 @@ absl::Status PageIndex::CheckIntegrity() const {
   for (const auto& [id, lease] : leases_) {
     if (!expiries_.contains({lease.expires, id})) return broken("lease without expiry", id);
     for (const Slot slot : lease.pages) ++leases[slot];
+  }
+  for (const auto& [request_id, id] : requests_) {
+    const auto lease = leases_.find(id);
+    if (lease == leases_.end() || lease->second.request_id != request_id) {
+      return broken("request without lease", request_id);
+    }
   }
   if (expiries_.size() != leases_.size()) return broken("expiry without lease", 0);
 

@@ -101,8 +101,12 @@ class PageIndex final {
   /// states are under the one new lease, but for kBusy ones.
   /// RESOURCE_EXHAUSTED: not enough slots are free or evictable; nothing was reserved or evicted.
   /// INVALID_ARGUMENT: a key occurs twice, or is `parent`.
+  ///
+  /// `request_id`, when not 0, makes a repetition possible: while the lease of a Reserve with this
+  /// id lives, another one with the same keys renews that lease and answers what has become of its
+  /// pages. INVALID_ARGUMENT: other keys.
   absl::StatusOr<ReserveResult> Reserve(absl::Span<const PageKey> keys, const PageKey& parent,
-                                        absl::Time now);
+                                        absl::Time now, uint64_t request_id = 0);
 
   /// OK when each page is a live reservation of `lease_id` or was committed under it already.
   /// ABORTED: the lease has ended. NOT_FOUND: no such reservation.
@@ -157,6 +161,8 @@ class PageIndex final {
     // Slots reserved under this lease. Those committed since are in `pages` too; those dropped have
     // another state, writer or generation.
     std::vector<Page> reservations;
+    uint64_t request_id = 0;
+    size_t request_hash = 0;  // of keys and parent
   };
   using LeaseMap = absl::flat_hash_map<uint64_t, Lease>;
 
@@ -177,6 +183,7 @@ class PageIndex final {
   /// are taken from the head and ended from the tail, it changes nobody else.
   void PinsChanged(Slot slot, bool was);
   void LeasePage(Slot slot, Lease& lease);
+  ReserveResult RepeatReserve(uint64_t lease_id, absl::Span<const PageKey> keys, absl::Time now);
   /// A reserved page is linked to `parent`, or no longer.
   void AddReservedChild(Slot parent);
   void RemoveReservedChild(Slot parent);
@@ -198,6 +205,7 @@ class PageIndex final {
   const std::unique_ptr<EvictionPolicy> policy_;
   absl::btree_set<std::pair<absl::Time, Slot>> quarantined_;
   LeaseMap leases_;
+  absl::flat_hash_map<uint64_t, uint64_t> requests_;  // request id -> lease
   absl::btree_set<std::pair<absl::Time, uint64_t>> expiries_;
   uint64_t next_lease_ = 1;
   uint64_t stored_ = 0;

@@ -314,6 +314,79 @@ TEST_F(PageIndexTest, RefusesRepeatedAndSelfParentedKeys) {
   EXPECT_OK(index.CheckIntegrity());
 }
 
+TEST_F(PageIndexTest, ARepeatedReserveAnswersWhatTheFirstOneDid) {
+  PageIndex index(Options(8));
+  const uint64_t stored = Store(index, 0, 1, kRoot);
+  const auto other = index.Reserve(Keys(3, 4), Key(2), now_);
+  ASSERT_OK(other);
+  const auto first = index.Reserve(Keys(0, 4), Key(kRoot), now_, /*request_id=*/77);
+  ASSERT_OK(first);
+  Release(index, stored, now_);
+  now_ += absl::Seconds(9);
+  const auto again = index.Reserve(Keys(0, 4), Key(kRoot), now_, 77);
+  ASSERT_OK(again);
+  EXPECT_EQ(again->lease_id, first->lease_id);
+  const State states[] = {State::kStored, State::kReserved, State::kReserved, State::kBusy};
+  for (int i = 0; i < 4; ++i) {
+    EXPECT_EQ(first->pages[i].state, states[i]) << i;
+    EXPECT_EQ(again->pages[i].state, states[i]) << i;
+    EXPECT_EQ(again->pages[i].page.slot, first->pages[i].page.slot) << i;
+    EXPECT_EQ(again->pages[i].page.generation, first->pages[i].page.generation) << i;
+  }
+  EXPECT_OK(index.CheckIntegrity());
+  // It was renewed; the other one was not.
+  now_ += absl::Seconds(9);
+  ASSERT_OK(index.Commit(again->lease_id, Reserved(*again), now_));
+  const auto third = index.Reserve(Keys(0, 4), Key(kRoot), now_, 77);
+  ASSERT_OK(third);
+  EXPECT_EQ(third->pages[1].state, State::kStored);
+  EXPECT_EQ(third->pages[3].state, State::kBusy);
+  Release(index, first->lease_id, now_);
+  EXPECT_EQ(index.stats().leases, 0u);
+  EXPECT_EQ(Found(index, 0, 3), 3u);
+}
+
+TEST_F(PageIndexTest, WhatAnotherClientHasCommittedSinceIsLeasedByTheRepetition) {
+  PageIndex index(Options(4));
+  const auto other = index.Reserve(Keys(0, 1), Key(kRoot), now_);
+  ASSERT_OK(other);
+  const auto first = index.Reserve(Keys(0, 1), Key(kRoot), now_, 5);
+  ASSERT_OK(first);
+  EXPECT_EQ(first->pages[0].state, State::kBusy);
+  ASSERT_OK(index.Commit(other->lease_id, Reserved(*other), now_));
+  Release(index, other->lease_id, now_);
+  const auto again = index.Reserve(Keys(0, 1), Key(kRoot), now_, 5);
+  ASSERT_OK(again);
+  EXPECT_EQ(again->pages[0].state, State::kStored);
+  EXPECT_EQ(index.stats().pages_leased, 1u);
+  Release(index, first->lease_id, now_);
+  EXPECT_EQ(index.stats().pages_leased, 0u);
+}
+
+TEST_F(PageIndexTest, ARequestIdIsForgottenWithItsLease) {
+  PageIndex index(Options(4));
+  const auto first = index.Reserve(Keys(0, 1), Key(kRoot), now_, 5);
+  ASSERT_OK(first);
+  EXPECT_THAT(
+      index.Reserve(Keys(0, 2), Key(kRoot), now_, 5),
+      StatusIs(absl::StatusCode::kInvalidArgument, "request_id = 5: was used for other keys"));
+  EXPECT_THAT(index.Reserve(Keys(0, 1), Key(7), now_, 5),
+              StatusIs(absl::StatusCode::kInvalidArgument, "was used for other keys"));
+  Release(index, first->lease_id, now_);
+  const auto other = index.Reserve(Keys(5, 6), Key(kRoot), now_, 5);
+  ASSERT_OK(other);
+  EXPECT_NE(other->lease_id, first->lease_id);
+  now_ += absl::Seconds(10);
+  const auto after_expiry = index.Reserve(Keys(5, 6), Key(kRoot), now_, 5);
+  ASSERT_OK(after_expiry);
+  EXPECT_EQ(after_expiry->pages[0].state, State::kReserved);
+  EXPECT_NE(after_expiry->pages[0].page.slot, other->pages[0].page.slot) << "is in quarantine";
+  // Without an id nothing is remembered.
+  EXPECT_NE(index.Reserve(Keys(6, 7), Key(kRoot), now_)->lease_id,
+            index.Reserve(Keys(6, 7), Key(kRoot), now_)->lease_id);
+  EXPECT_OK(index.CheckIntegrity());
+}
+
 // Random operations against a plain model: what each lease holds, what was committed. The model
 // knows what must hold (leased pages are found, in their slots; generations grow; a parent outlives
 // its child), not what is evicted.
