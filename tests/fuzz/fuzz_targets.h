@@ -19,4 +19,9 @@ void ConfigTarget(absl::Span<const uint8_t> input);
 /// assembly and stop matching must not depend on the cuts.
 void TextTarget(absl::Span<const uint8_t> input);
 
+/// The bytes choose calls to the control plane of a small store, spell out some of the messages and
+/// the fields of others. Whatever comes, the store answers with a documented code, and its index
+/// stays intact.
+void KvStoreControlTarget(absl::Span<const uint8_t> input);
+
 }  // namespace nosara::fuzz

@@ -62,12 +62,13 @@ std::string Mutate(std::string input, const std::vector<std::string>& words, std
 }
 
 void RunMutations(const std::function<void(absl::Span<const uint8_t>)>& target,
-                  const std::vector<std::string>& corpus, const std::vector<std::string>& words) {
+                  const std::vector<std::string>& corpus, const std::vector<std::string>& words,
+                  int rounds = kRounds) {
   const uint32_t seed = std::random_device{}();
   // A failure ends the process: printed before, not after.
   std::fprintf(stderr, "seed %u\n", seed);
   std::mt19937 random(seed);
-  for (int round = 0; round < kRounds; ++round) {
+  for (int round = 0; round < rounds; ++round) {
     const std::string input = Mutate(corpus[random() % corpus.size()], words, random);
     // A copy of exactly this size, so that reads past the end are seen by the sanitizer.
     const std::vector<uint8_t> bytes(input.begin(), input.end());
@@ -145,6 +146,20 @@ TEST(FuzzTest, Text) {
                             6) +
                     "ababaabaaa\xff\xf4\x90\x80\x80"},
                Words());
+}
+
+TEST(FuzzTest, KvStoreControl) {
+  // What the bytes mean is up to the target; most sequences of calls are more or less valid ones.
+  std::mt19937 random(1);
+  std::vector<std::string> corpus(64);
+  for (std::string& calls : corpus) {
+    calls.resize(100 + random() % 400);
+    for (char& byte : calls) byte = static_cast<char>(random());
+  }
+  const std::vector<std::string> words = {
+      std::string("\x0a\x10", 2) + std::string(16, '\1'), std::string("\x01\xff\x02\x05\x06", 5),
+      std::string("\x04\xff\x01\x01\x01\x00", 6), std::string(12, '\xff'), std::string(12, '\0')};
+  RunMutations(KvStoreControlTarget, corpus, words, /*rounds=*/20000);
 }
 
 }  // namespace
