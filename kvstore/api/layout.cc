@@ -137,6 +137,33 @@ absl::Status VerifySealed(const SealedSizes& sizes, const PageKey& key, uint64_t
   return absl::OkStatus();
 }
 
+absl::Status VerifyPage(const SealedSizes& sizes, const PageKey& key, uint64_t generation,
+                        absl::Span<const std::byte> page) {
+  const absl::Status sealed = VerifySealed(sizes, key, generation, page);
+  if (!sealed.ok()) return sealed;
+  PageHeader header;
+  std::memcpy(&header, page.data(), sizeof(header));
+  const size_t records_offset = Align(sizes.prefix_bytes);
+  // Looked at again: nothing keeps a stray writer from changing it since.
+  if (header.num_records == 0 || IndexOffset(header.num_records) >= sizes.prefix_bytes ||
+      records_offset >= page.size() || (page.size() - records_offset) % header.num_records != 0) {
+    return absl::DataLossError(absl::StrCat("page ", key.ToHex(), ": header of another layout"));
+  }
+  const size_t record_bytes = (page.size() - records_offset) / header.num_records;
+  for (uint32_t record = 0; record < header.num_records; ++record) {
+    uint64_t checksum;
+    std::memcpy(&checksum, page.data() + sizeof(header) + record * sizeof(checksum),
+                sizeof(checksum));
+    if (checksum !=
+        PageChecksum(key, generation, record,
+                     page.subspan(records_offset + record * record_bytes, record_bytes))) {
+      return absl::DataLossError(
+          absl::StrCat("page ", key.ToHex(), " record ", record, ": checksum differs"));
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status VerifyPrefix(const PageLayout& layout, const PageKey& key, uint64_t generation,
                           absl::Span<const std::byte> prefix) {
   CHECK(prefix.size() >= layout.prefix_bytes());

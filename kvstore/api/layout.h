@@ -140,6 +140,11 @@ struct SealedSizes {
 absl::Status VerifySealed(const SealedSizes& sizes, const PageKey& key, uint64_t generation,
                           absl::Span<const std::byte> page);
 
+/// VerifySealed(), and all records against their checksums: the whole page. `page` has the size of
+/// a page of this layout. DATA_LOSS names the first record that differs.
+absl::Status VerifyPage(const SealedSizes& sizes, const PageKey& key, uint64_t generation,
+                        absl::Span<const std::byte> page);
+
 /// Checks what a reader relies on before it uses a page prefix: magic, version, layout, key,
 /// generation, header checksum and index checksum. `prefix.size() >= layout.prefix_bytes()`.
 /// ABORTED when the slot was reused (another generation or key), DATA_LOSS when bytes are damaged.

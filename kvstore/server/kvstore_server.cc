@@ -135,6 +135,7 @@ void KvStoreServer::Stop() {
     server_->Wait();
   }
   if (expire_thread_.joinable()) expire_thread_.join();
+  if (service_ != nullptr) service_->Stop();
   ucx_.reset();
 }
 
@@ -147,6 +148,10 @@ absl::Span<std::byte> KvStoreServer::arena() const {
 }
 
 const std::string& KvStoreServer::arena_path() const { return arena_->path(); }
+
+KvStoreStats KvStoreServer::Stats() const { return service_->Stats(); }
+
+void KvStoreServer::WaitForVerify() { service_->WaitForVerify(); }
 
 absl::Status KvStoreServer::CheckIntegrity() const { return service_->CheckIntegrity(); }
 

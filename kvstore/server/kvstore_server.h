@@ -14,6 +14,7 @@
 #include "absl/types/span.h"
 #include "base/clock.h"
 #include "kvstore/server/eviction_policy.h"
+#include "kvstore/server/kvstore_stats.h"
 
 namespace grpc {
 class Channel;
@@ -75,6 +76,10 @@ class KvStoreServer final {
   /// The arena, for clients in this process; valid while the server lives.
   absl::Span<std::byte> arena() const;
 
+  KvStoreStats Stats() const;
+
+  /// For tests: blocks until no page is being verified.
+  void WaitForVerify();
   /// For tests: see PageIndex::CheckIntegrity().
   absl::Status CheckIntegrity() const;
 

@@ -3,11 +3,14 @@
 #include <grpcpp/grpcpp.h>
 
 #include <algorithm>
+#include <limits>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/log.h"
 #include "base/retry_delay.h"
 #include "base/status_macros.h"
 #include "kvstore/api/layout.h"
@@ -21,6 +24,9 @@ constexpr int kMaxLeasesPerCall = 65536;
 /// Less than any layout has; bounds the memory that the index takes.
 constexpr uint64_t kMinPageBytes = 4096;
 constexpr uint64_t kMaxSlots = uint64_t{1} << 31;
+/// A tenth or less of what one core checks in a second.
+constexpr uint64_t kVerifyBytesPerSecond = uint64_t{256} << 20;
+constexpr uint64_t kMinVerifyBytesPerSecond = uint64_t{1} << 20;
 /// A full store empties as leases end; asking much more often than this only costs.
 constexpr absl::Duration kRetryDelay = absl::Milliseconds(200);
 
@@ -63,9 +69,28 @@ void FillPage(const PageIndex::Page& page, v1::Page* proto) {
   proto->set_generation(page.generation);
 }
 
+void FillProgress(const Verifier::Progress& progress, v1::VerifyProgress* proto) {
+  switch (progress.state) {
+    case Verifier::Progress::State::kNone:
+      proto->set_state(v1::VerifyProgress::STATE_NONE);
+      break;
+    case Verifier::Progress::State::kRunning:
+      proto->set_state(v1::VerifyProgress::STATE_RUNNING);
+      break;
+    case Verifier::Progress::State::kDone:
+      proto->set_state(v1::VerifyProgress::STATE_DONE);
+      break;
+  }
+  proto->set_slots_total(progress.slots_total);
+  proto->set_slots_done(progress.slots_done);
+  proto->set_pages_verified(progress.pages_verified);
+  proto->set_pages_mismatched(progress.pages_mismatched);
+}
+
 }  // namespace
 
-KvStoreServiceImpl::KvStoreServiceImpl(Options options) : options_(std::move(options)) {
+KvStoreServiceImpl::KvStoreServiceImpl(Options options)
+    : options_(std::move(options)), verifier_([this](uint64_t slot) { return VerifySlot(slot); }) {
   CHECK(options_.epoch != 0 && options_.clock != nullptr);
 }
 
@@ -176,7 +201,8 @@ absl::Status KvStoreServiceImpl::DoReserve(const v1::ReserveRequest& request,
           absl::StrCat("node ", options_.node_id, " is draining: takes no new pages"));
     }
     RETURN_IF_ERROR(FixPageSize(request));
-    ASSIGN_OR_RETURN(reserved, index_->Reserve(keys, *parent, options_.clock->Now(), request.request_id()));
+    ASSIGN_OR_RETURN(reserved,
+                     index_->Reserve(keys, *parent, options_.clock->Now(), request.request_id()));
   }
   for (const PageIndex::ReservedPage& page : reserved.pages) {
     v1::ReserveResponse::Slot* const slot = response.add_slots();
@@ -313,33 +339,46 @@ grpc::ServerUnaryReactor* KvStoreServiceImpl::Discard(grpc::CallbackServerContex
 grpc::ServerUnaryReactor* KvStoreServiceImpl::GetStats(grpc::CallbackServerContext* context,
                                                        const v1::GetStatsRequest* request,
                                                        v1::GetStatsResponse* response) {
+  const KvStoreStats stats = Stats();
   response->set_node_id(options_.node_id);
   response->set_epoch(options_.epoch);
-  PageIndex::Stats stats;
-  {
-    absl::MutexLock lock(&mu_);
-    response->set_draining(draining_);
-    response->set_page_bytes(page_bytes_);
-    response->set_commit_checksum_failures(commit_checksum_failures_);
-    if (index_ != nullptr) {
-      index_->Expire(options_.clock->Now());
-      stats = index_->stats();
-    }
-  }
-  response->set_slots_total(stats.slots_total);
-  response->set_slots_stored(stats.slots_stored);
-  response->set_slots_reserved(stats.slots_reserved);
-  response->set_slots_quarantined(stats.slots_quarantined);
-  response->set_pages_leased(stats.pages_leased);
-  response->set_leases(stats.leases);
-  response->set_keys_looked_up(stats.keys_looked_up);
-  response->set_keys_found(stats.keys_found);
-  response->set_pages_committed(stats.pages_committed);
-  response->set_pages_evicted(stats.pages_evicted);
-  response->set_pages_discarded(stats.pages_discarded);
-  response->set_leases_expired(stats.leases_expired);
-  response->set_reservations_refused(stats.reservations_refused);
+  response->set_draining(stats.draining);
+  response->set_page_bytes(stats.page_bytes);
+  response->set_arena_bytes(stats.arena_bytes);
+  response->set_commit_checksum_failures(stats.commit_checksum_failures);
+  response->set_pages_verified(stats.pages_verified);
+  response->set_slots_total(stats.index.slots_total);
+  response->set_slots_free(stats.index.slots_free);
+  response->set_slots_stored(stats.index.slots_stored);
+  response->set_slots_reserved(stats.index.slots_reserved);
+  response->set_slots_quarantined(stats.index.slots_quarantined);
+  response->set_pages_leased(stats.index.pages_leased);
+  response->set_pages_evictable(stats.index.pages_evictable);
+  response->set_leases(stats.index.leases);
+  response->set_keys_looked_up(stats.index.keys_looked_up);
+  response->set_keys_found(stats.index.keys_found);
+  response->set_pages_committed(stats.index.pages_committed);
+  response->set_pages_evicted(stats.index.pages_evicted);
+  response->set_pages_evicted_by_request(stats.index.pages_evicted_by_request);
+  response->set_pages_discarded(stats.index.pages_discarded);
+  response->set_leases_expired(stats.index.leases_expired);
+  response->set_reservations_refused(stats.index.reservations_refused);
   return Finish(context, absl::OkStatus());
+}
+
+KvStoreStats KvStoreServiceImpl::Stats() {
+  KvStoreStats stats;
+  stats.arena_bytes = options_.arena.size();
+  stats.pages_verified = verifier_.pages_verified();
+  absl::MutexLock lock(&mu_);
+  stats.draining = draining_;
+  stats.page_bytes = page_bytes_;
+  stats.commit_checksum_failures = commit_checksum_failures_;
+  if (index_ != nullptr) {
+    index_->Expire(options_.clock->Now());
+    stats.index = index_->stats();
+  }
+  return stats;
 }
 
 grpc::ServerUnaryReactor* KvStoreServiceImpl::Drain(grpc::CallbackServerContext* context,
@@ -353,6 +392,81 @@ grpc::ServerUnaryReactor* KvStoreServiceImpl::Drain(grpc::CallbackServerContext*
       response->set_leases(index_->stats().leases);
     }
   }
+  return Finish(context, absl::OkStatus());
+}
+
+grpc::ServerUnaryReactor* KvStoreServiceImpl::Evict(grpc::CallbackServerContext* context,
+                                                    const v1::EvictRequest* request,
+                                                    v1::EvictResponse* response) {
+  uint64_t left =
+      request->max_pages() == 0 ? std::numeric_limits<uint64_t>::max() : request->max_pages();
+  uint64_t evicted = 0;
+  // In parts: others wait for the lock.
+  while (left > 0) {
+    absl::MutexLock lock(&mu_);
+    const uint64_t part = std::min<uint64_t>(left, kMaxPagesPerCall);
+    const uint64_t done = index_ == nullptr ? 0 : index_->Evict(part, options_.clock->Now());
+    evicted += done;
+    if (done < part) break;
+    left -= part;
+  }
+  response->set_pages_evicted(evicted);
+  return Finish(context, absl::OkStatus());
+}
+
+Verifier::SlotState KvStoreServiceImpl::VerifySlot(uint64_t slot) {
+  std::optional<PageIndex::Page> page;
+  SealedSizes sizes;
+  uint64_t page_bytes;
+  {
+    absl::MutexLock lock(&mu_);
+    page = index_->Hold(slot);
+    if (!page.has_value()) return Verifier::SlotState::kEmpty;
+    sizes = {layout_fingerprint_, prefix_bytes_};
+    page_bytes = page_bytes_;
+  }
+  const absl::Status verified = VerifyPage(sizes, page->key, page->generation,
+                                           options_.arena.subspan(slot * page_bytes, page_bytes));
+  {
+    absl::MutexLock lock(&mu_);
+    index_->EndHold();
+    if (verified.ok()) return Verifier::SlotState::kIntact;
+    // A reader may have found it damaged at the same time, and the slot may be another page's.
+    const std::optional<PageIndex::Page> now = index_->StoredIn(slot);
+    if (!now.has_value() || now->generation != page->generation) return Verifier::SlotState::kEmpty;
+    index_->Discard({*page}, options_.clock->Now());
+  }
+  LogWarning("slot {}: {}; the page is discarded", slot, std::string(verified.message()));
+  return Verifier::SlotState::kMismatched;
+}
+
+grpc::ServerUnaryReactor* KvStoreServiceImpl::StartVerify(grpc::CallbackServerContext* context,
+                                                          const v1::StartVerifyRequest* request,
+                                                          v1::VerifyProgress* response) {
+  uint64_t rate = request->bytes_per_second();
+  if (rate == 0) rate = kVerifyBytesPerSecond;
+  if (rate < kMinVerifyBytesPerSecond) {
+    return Finish(context, absl::InvalidArgumentError(
+                               absl::StrCat("bytes_per_second = ", rate, ": must be at least ",
+                                            kMinVerifyBytesPerSecond, ", or 0")));
+  }
+  uint64_t slots = 0, page_bytes = 0;
+  {
+    absl::MutexLock lock(&mu_);
+    if (index_ != nullptr) slots = index_->stats().slots_total;
+    page_bytes = page_bytes_;
+  }
+  if (slots == 0) {
+    return Finish(context, absl::FailedPreconditionError("nothing was ever reserved here"));
+  }
+  FillProgress(verifier_.Start(slots, page_bytes, rate), response);
+  return Finish(context, absl::OkStatus());
+}
+
+grpc::ServerUnaryReactor* KvStoreServiceImpl::GetVerifyProgress(
+    grpc::CallbackServerContext* context, const v1::GetVerifyProgressRequest* request,
+    v1::VerifyProgress* response) {
+  FillProgress(verifier_.progress(), response);
   return Finish(context, absl::OkStatus());
 }
 

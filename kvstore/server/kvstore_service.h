@@ -11,7 +11,9 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "base/clock.h"
+#include "kvstore/server/kvstore_stats.h"
 #include "kvstore/server/page_index.h"
+#include "kvstore/server/verifier.h"
 #include "nosara/kvstore/v1/kvstore.grpc.pb.h"
 
 namespace nosara::kvstore {
@@ -66,6 +68,23 @@ class KvStoreServiceImpl final : public v1::KvStoreService::CallbackService {
                                   const v1::DrainRequest* request,
                                   v1::DrainResponse* response) override;
 
+  grpc::ServerUnaryReactor* Evict(grpc::CallbackServerContext* context,
+                                  const v1::EvictRequest* request,
+                                  v1::EvictResponse* response) override;
+  grpc::ServerUnaryReactor* StartVerify(grpc::CallbackServerContext* context,
+                                        const v1::StartVerifyRequest* request,
+                                        v1::VerifyProgress* response) override;
+  grpc::ServerUnaryReactor* GetVerifyProgress(grpc::CallbackServerContext* context,
+                                              const v1::GetVerifyProgressRequest* request,
+                                              v1::VerifyProgress* response) override;
+
+  KvStoreStats Stats();
+
+  /// Ends what runs in the background, before the arena goes. Idempotent.
+  void Stop() { verifier_.Stop(); }
+  /// Blocks until no pass of StartVerify runs. For tests.
+  void WaitForVerify() { verifier_.WaitIdle(); }
+
   /// Ends what has expired; called from time to time, so that slots are not kept by the leases of
   /// dead clients when no request comes.
   void ExpireLeases();
@@ -81,6 +100,7 @@ class KvStoreServiceImpl final : public v1::KvStoreService::CallbackService {
   absl::Status DoDiscard(const v1::DiscardRequest& request);
   /// Makes the index at the first Reserve and holds the sizes of later ones to it.
   absl::Status FixPageSize(const v1::ReserveRequest& request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  Verifier::SlotState VerifySlot(uint64_t slot);
   uint32_t lease_ttl_ms() const {
     return static_cast<uint32_t>(absl::ToInt64Milliseconds(options_.lease_ttl));
   }
@@ -94,6 +114,8 @@ class KvStoreServiceImpl final : public v1::KvStoreService::CallbackService {
   uint64_t layout_fingerprint_ ABSL_GUARDED_BY(mu_) = 0;
   uint64_t commit_checksum_failures_ ABSL_GUARDED_BY(mu_) = 0;
   bool draining_ ABSL_GUARDED_BY(mu_) = false;
+
+  Verifier verifier_;  // its thread uses all of the above
 };
 
 }  // namespace nosara::kvstore

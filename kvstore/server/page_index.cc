@@ -103,14 +103,14 @@ absl::StatusOr<PageIndex::ReserveResult> PageIndex::Reserve(absl::Span<const Pag
     const absl::Status refused = absl::ResourceExhaustedError(absl::StrCat(
         "store full: ", missing.size(), " pages asked for, ", free_.size(), " of ", slots_.size(),
         " slots free and ", evictable, " evictable; ", leased_, " leased, ", reserved_,
-        " being written, ", quarantined_.size(), " in quarantine"));
+        " being written, ", quarantined_.size() + discarded_, " in quarantine"));
     RemoveReservedChild(anchor);
     expiries_.insert({lease.expires, result.lease_id});
     const auto inserted = leases_.emplace(result.lease_id, std::move(lease)).first;
     EndLease(inserted, LeaseEnd::kReleased, now);
     return refused;
   }
-  while (free_.size() < missing.size()) EvictOne();
+  for (; free_.size() < missing.size(); ++counters_.pages_evicted) EvictOne();
 
   for (const size_t i : missing) {
     const Slot slot = free_.back();
@@ -236,7 +236,7 @@ void PageIndex::Discard(absl::Span<const Page> pages, absl::Time now) {
       --leased_;
       ++discarded_;
     } else {
-      free_.push_back(slot);
+      Quarantine(slot, now);
     }
   }
 }
@@ -287,8 +287,7 @@ void PageIndex::EndLease(LeaseMap::iterator lease, LeaseEnd end, absl::Time now)
     if (--info.leases > 0) continue;
     if (info.state == State::kDiscarded) {
       --discarded_;
-      info.state = State::kFree;
-      free_.push_back(*it);
+      Quarantine(*it, now);
       continue;
     }
     --leased_;
@@ -361,7 +360,7 @@ void PageIndex::RemoveReservedChild(Slot parent) {
 
 bool PageIndex::IsEvictable(Slot slot) const {
   const SlotInfo& info = slots_[slot];
-  return info.state == State::kStored && info.leases == 0 && info.children == 0;
+  return info.state == State::kStored && info.leases == 0 && info.children == 0 && !info.held;
 }
 
 void PageIndex::EvictOne() {
@@ -369,7 +368,6 @@ void PageIndex::EvictOne() {
       policy_->TakeVictim([this](Slot slot) { return IsEvictable(slot); });
   CHECK(victim.has_value());
   RemoveStored(*victim);
-  ++counters_.pages_evicted;
   slots_[*victim].state = State::kFree;
   free_.push_back(*victim);
 }
@@ -389,6 +387,37 @@ void PageIndex::RemoveStored(Slot slot) {
   if (pinned) --parent_info.pinned_children;
   PinsChanged(parent, was);
   if (IsEvictable(parent)) policy_->OnLeaf(parent);
+}
+
+uint64_t PageIndex::Evict(uint64_t count, absl::Time now) {
+  Expire(now);
+  count = std::min(count, stored_ + reserved_ - pinned_);
+  for (uint64_t i = 0; i < count; ++i) EvictOne();
+  counters_.pages_evicted_by_request += count;
+  return count;
+}
+
+std::optional<PageIndex::Page> PageIndex::Hold(uint64_t slot) {
+  CHECK(held_ == kNoSlot);
+  const std::optional<Page> page = StoredIn(slot);
+  if (!page.has_value()) return std::nullopt;
+  held_ = static_cast<Slot>(slot);
+  const bool was = IsPinned(slots_[held_]);
+  slots_[held_].held = true;
+  PinsChanged(held_, was);
+  return page;
+}
+
+void PageIndex::EndHold() {
+  CHECK(held_ != kNoSlot);
+  const Slot slot = held_;
+  held_ = kNoSlot;
+  slots_[slot].held = false;
+  // Discarded meanwhile: no longer in the index.
+  if (slots_[slot].state != State::kStored) return;
+  PinsChanged(slot, /*was=*/true);
+  // Its turn may have come, and passed it, meanwhile.
+  if (IsEvictable(slot)) policy_->OnLeaf(slot);
 }
 
 void PageIndex::Unreserve(Slot slot) {
@@ -412,8 +441,7 @@ PageIndex::Stats PageIndex::stats() const {
   stats.slots_free = free_.size();
   stats.slots_stored = stored_;
   stats.slots_reserved = reserved_;
-  stats.slots_quarantined = quarantined_.size();
-  stats.slots_discarded = discarded_;
+  stats.slots_quarantined = quarantined_.size() + discarded_;
   stats.pages_leased = leased_;
   stats.pages_evictable = stored_ + reserved_ - pinned_;
   stats.leases = leases_.size();
@@ -456,6 +484,7 @@ absl::Status PageIndex::CheckIntegrity() const {
         return broken("lease on a slot without page", slot);
       }
     }
+    if (info.held != (slot == held_)) return broken("held", slot);
     discarded += info.state == State::kDiscarded;
     if (info.state == State::kDiscarded && info.leases == 0) return broken("discarded", slot);
     stored += info.state == State::kStored;

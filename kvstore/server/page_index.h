@@ -22,9 +22,10 @@ namespace nosara::kvstore {
 /// Index over the page slots of one arena. Pure bookkeeping: no locks, no clock, no page bytes;
 /// the same calls give the same results. Owned by whoever serialises the calls.
 ///
-/// A slot is free, reserved (being written), stored (visible) or quarantined (its reservation was
-/// abandoned: a late writer may still write into it, so it is kept from reuse for a while) or
-/// discarded (its page was found damaged: nobody finds it, and it is free when its leases end).
+/// A slot is free, reserved (being written), stored (visible), discarded (its page was found
+/// damaged: nobody finds it, but readers still hold leases) or quarantined (kept from reuse for a
+/// while: its reservation was abandoned and a late writer may still write into it, or its page was
+/// discarded).
 ///
 /// Invariants, checked by CheckIntegrity():
 ///  1. each slot is in exactly one state, and the counts of the states add up to num_slots;
@@ -33,7 +34,8 @@ namespace nosara::kvstore {
 ///  4. a stored page under a live lease is neither evicted nor reused;
 ///  5. a page is linked to its parent when that is in the index as the page is reserved, otherwise
 ///     to nothing, so that links cannot form a cycle whatever keys a client names;
-///  6. a page is pinned iff it is reserved, leased or linked to by a pinned one. All others are
+///  6. a page is pinned iff it is reserved, leased, held or linked to by a pinned one. All others
+///  are
 ///     evictable, one after the other: a page goes after those that are linked to it, so a chain
 ///     goes from its tail. The policy chooses among the pages that nobody is linked to.
 class PageIndex final {
@@ -73,8 +75,7 @@ class PageIndex final {
     uint64_t slots_free = 0;
     uint64_t slots_stored = 0;
     uint64_t slots_reserved = 0;
-    uint64_t slots_quarantined = 0;
-    uint64_t slots_discarded = 0;
+    uint64_t slots_quarantined = 0;  // and discarded
     uint64_t pages_leased = 0;
     /// Stored pages that could be evicted now.
     uint64_t pages_evictable = 0;
@@ -82,7 +83,8 @@ class PageIndex final {
     uint64_t keys_looked_up = 0;
     uint64_t keys_found = 0;
     uint64_t pages_committed = 0;
-    uint64_t pages_evicted = 0;
+    uint64_t pages_evicted = 0;             // to make room
+    uint64_t pages_evicted_by_request = 0;  // by Evict()
     uint64_t pages_discarded = 0;
     uint64_t leases_expired = 0;
     uint64_t reservations_refused = 0;
@@ -118,7 +120,17 @@ class PageIndex final {
   /// Takes one reservation back into quarantine: its writer wrote nonsense. No-op if it is gone.
   void DropReservation(uint64_t lease_id, const Page& page, absl::Time now);
 
-  /// Takes stored pages out of the index; no-op for those that are not stored as they are named.
+  /// Evicts up to `count` pages that may be evicted; how many it did.
+  uint64_t Evict(uint64_t count, absl::Time now);
+
+  /// Keeps the page stored in `slot` from eviction while its bytes are looked at, which does not
+  /// count as a use; none when the slot holds no page. Not while another page is held.
+  std::optional<Page> Hold(uint64_t slot);
+  /// Ends Hold(). Precondition: a page is held.
+  void EndHold();
+  /// Takes stored pages out of the index, because their bytes are not what they were; no-op for
+  /// those that are not stored as they are named. A slot goes into quarantine when the last lease
+  /// on it has ended: who changed its bytes may do so again.
   void Discard(absl::Span<const Page> pages, absl::Time now);
 
   /// Extends leases to now + lease_ttl; returns those that do not live.
@@ -154,6 +166,7 @@ class PageIndex final {
     uint32_t children = 0;         // pages linked to this one
     uint32_t pinned_children = 0;  // of these, the pinned ones
     State state = State::kFree;
+    bool held = false;  // is held_
   };
   struct Lease {
     absl::Time expires;
@@ -170,7 +183,8 @@ class PageIndex final {
     return info.state == State::kReserved || info.state == State::kStored;
   }
   static bool IsPinned(const SlotInfo& info) {
-    return info.state == State::kReserved || info.leases > 0 || info.pinned_children > 0;
+    return info.state == State::kReserved || info.leases > 0 || info.held ||
+           info.pinned_children > 0;
   }
   /// Stored, neither leased nor linked to: may go next.
   bool IsEvictable(Slot slot) const;
@@ -213,7 +227,8 @@ class PageIndex final {
   uint64_t leased_ = 0;     // stored pages under a lease
   uint64_t pinned_ = 0;     // reserved ones too
   uint64_t discarded_ = 0;  // slots
-  Stats counters_;          // only the counters, not the gauges
+  Slot held_ = kNoSlot;
+  Stats counters_;  // only the counters, not the gauges
 };
 
 }  // namespace nosara::kvstore

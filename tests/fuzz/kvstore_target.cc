@@ -40,7 +40,7 @@ class Target final {
 
   void Run() {
     while (!left_.empty()) {
-      switch (Byte() % 12) {
+      switch (Byte() % 13) {
         case 0:
           Call(&KvStoreServiceImpl::Lookup, Request<v1::LookupRequest>(&Target::FillLookup));
           break;
@@ -70,6 +70,12 @@ class Target final {
         case 10:
           if (!reserved_.empty()) Write(Recent());
           break;
+        case 12: {
+          v1::EvictRequest request;
+          request.set_max_pages(Number());
+          Call(&KvStoreServiceImpl::Evict, request);
+          break;
+        }
         case 11:
           // Rarely: nothing is reserved after it.
           if (Byte() == 0) Call(&KvStoreServiceImpl::Drain, v1::DrainRequest());
@@ -178,7 +184,7 @@ class Target final {
           stats.slots_total());
     CHECK(stats.pages_leased() <= stats.slots_stored());
     CHECK(stats.keys_found() <= stats.keys_looked_up());
-    CHECK(stats.pages_evicted() <= stats.pages_committed());
+    CHECK(stats.pages_evicted() + stats.pages_evicted_by_request() <= stats.pages_committed());
   }
 
   template <typename Request, typename Response>

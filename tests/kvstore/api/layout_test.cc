@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "tests/status_matchers.h"
 
 namespace nosara::kvstore {
@@ -135,6 +136,25 @@ TEST_F(SealedPageTest, ChecksumsDependOnKeyGenerationAndPart) {
   EXPECT_NE(PageChecksum(key_, 2, 2, bytes), checksum);
   EXPECT_NE(PageChecksum(key_, 1, 3, bytes), checksum);
   EXPECT_NE(PageChecksum(NamespaceKey("x", 1, "b", "c"), 1, 2, bytes), checksum);
+}
+
+TEST_F(SealedPageTest, AStoreVerifiesWholePagesKnowingOnlySizes) {
+  const SealedSizes sizes = {layout_.fingerprint(), layout_.prefix_bytes()};
+  ASSERT_OK(VerifyPage(sizes, key_, kGeneration, page_));
+  for (int record = 0; record < layout_.num_records(); ++record) {
+    for (const size_t at : {size_t{0}, layout_.record_bytes() - 1}) {
+      page_[layout_.record_offset(record) + at] ^= std::byte{4};
+      EXPECT_OK(VerifySealed(sizes, key_, kGeneration, page_));
+      EXPECT_THAT(VerifyPage(sizes, key_, kGeneration, page_),
+                  StatusIs(absl::StatusCode::kDataLoss, absl::StrCat("record ", record, ": ")));
+      page_[layout_.record_offset(record) + at] ^= std::byte{4};
+    }
+  }
+  EXPECT_THAT(VerifyPage(sizes, key_, kGeneration + 1, page_),
+              StatusIs(absl::StatusCode::kAborted, ""));
+  page_[layout_.index_offset()] ^= std::byte{1};
+  EXPECT_THAT(VerifyPage(sizes, key_, kGeneration, page_),
+              StatusIs(absl::StatusCode::kDataLoss, "index checksum"));
 }
 
 TEST_F(SealedPageTest, AStoreVerifiesKnowingOnlySizes) {

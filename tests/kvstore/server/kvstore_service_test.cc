@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <map>
+#include <numeric>
 #include <random>
 #include <set>
 #include <string>
@@ -77,6 +78,84 @@ TEST_F(ServiceTest, RingsOfParentsDoNotStay) {
   Release(Store({2, 3}, 1));
   Release(Store({10, 11, 12, 13}, kRoot));
   EXPECT_EQ(Stats().pages_evicted(), 4u);
+}
+
+TEST_F(ServiceTest, VerifyDiscardsPagesWhoseBytesHaveChanged) {
+  Start(8);
+  EXPECT_THAT(Call(&v1::KvStoreService::Stub::StartVerify, v1::StartVerifyRequest()),
+              StatusIs(absl::StatusCode::kFailedPrecondition, "nothing was ever reserved"));
+  const uint64_t reader = Store({0, 1, 2}, kRoot);
+  Release(Store({10, 11}, kRoot));
+  const auto found = Lookup({0, 1, 2});
+  ASSERT_OK(found);
+  v1::StartVerifyRequest request;
+  request.set_bytes_per_second(1);
+  EXPECT_THAT(Call(&v1::KvStoreService::Stub::StartVerify, request),
+              StatusIs(absl::StatusCode::kInvalidArgument, "bytes_per_second = 1: must be"));
+  const auto verify = [&] {
+    EXPECT_OK(Call(&v1::KvStoreService::Stub::StartVerify, v1::StartVerifyRequest()));
+    server_->WaitForVerify();
+    const auto progress =
+        Call(&v1::KvStoreService::Stub::GetVerifyProgress, v1::GetVerifyProgressRequest());
+    EXPECT_OK(progress);
+    EXPECT_EQ(progress->state(), v1::VerifyProgress::STATE_DONE);
+    EXPECT_EQ(progress->slots_done(), 8u);
+    return *progress;
+  };
+  EXPECT_EQ(verify().pages_verified(), 5u);
+  EXPECT_EQ(verify().pages_mismatched(), 0u);
+
+  // One bit in the last record of page 1: what Commit looks at is as it was.
+  SlotBytes(found->pages(1).slot()).back() ^= std::byte{1};
+  ASSERT_OK(VerifyPage(found->pages(1)));
+  const v1::VerifyProgress progress = verify();
+  EXPECT_EQ(progress.pages_verified(), 5u);
+  EXPECT_EQ(progress.pages_mismatched(), 1u);
+  EXPECT_EQ(Found({0, 1, 2}), 1);
+  EXPECT_EQ(Stats().pages_discarded(), 1u);
+  EXPECT_EQ(Stats().pages_verified(), 15u);
+  EXPECT_EQ(Stats().slots_quarantined(), 1u);
+  EXPECT_TRUE(Renew(reader));
+  // Written again, it is found again.
+  Store({1}, 0);
+  EXPECT_EQ(verify().pages_mismatched(), 0u);
+  EXPECT_EQ(Found({0, 1}), 2);
+  EXPECT_OK(server_->CheckIntegrity());
+}
+
+TEST_F(ServiceTest, AVerifyThatIsStoppedEndsAtOnce) {
+  Start(4000);
+  for (int chain = 0; chain < 4; ++chain) {
+    std::vector<int> pages(1000);
+    std::iota(pages.begin(), pages.end(), 1000 * chain);
+    Store(pages, kRoot);
+  }
+  v1::StartVerifyRequest request;
+  request.set_bytes_per_second(uint64_t{1} << 20);  // would take half a minute
+  ASSERT_OK(Call(&v1::KvStoreService::Stub::StartVerify, request));
+  server_->Stop();
+  EXPECT_LT(server_->Stats().pages_verified, 4000u);
+}
+
+TEST_F(ServiceTest, EvictTakesWhatNobodyLeases) {
+  Start(8);
+  Release(Store({0, 1, 2}, kRoot));
+  const uint64_t lease = Store({10, 11}, kRoot);
+  v1::EvictRequest request;
+  request.set_max_pages(2);
+  auto evicted = Call(&v1::KvStoreService::Stub::Evict, request);
+  ASSERT_OK(evicted);
+  EXPECT_EQ(evicted->pages_evicted(), 2u);
+  EXPECT_EQ(Found({0, 1, 2}), 1);
+  evicted = Call(&v1::KvStoreService::Stub::Evict, v1::EvictRequest());
+  ASSERT_OK(evicted);
+  EXPECT_EQ(evicted->pages_evicted(), 1u);
+  EXPECT_EQ(Found({10, 11}), 2);
+  const v1::GetStatsResponse stats = Stats();
+  EXPECT_EQ(stats.pages_evicted_by_request(), 3u);
+  EXPECT_EQ(stats.pages_evicted(), 0u);
+  EXPECT_EQ(stats.slots_free(), 6u);
+  EXPECT_TRUE(Renew(lease));
 }
 
 TEST_F(ServiceTest, RequestsOutOfRangeAreRefusedByName) {
