@@ -10,11 +10,13 @@
 #include "client/generate.h"
 #include "client/inspect.h"
 #include "client/serve/serve.h"
+#include "client/store.h"
 
 namespace nosara::client {
 
 std::vector<Command> AllCommands() {
-  return {ServeCommand(), GenerateCommand(), ChatCommand(), ModelsCommand(), TokenizeCommand()};
+  return {ServeCommand(),  GenerateCommand(), ChatCommand(),
+          ModelsCommand(), TokenizeCommand(), StoreCommand()};
 }
 
 namespace {
