@@ -1,5 +1,6 @@
 // nosara-kvstore: one KV store node. Turns flags into options; everything else is KvStoreServer.
 #include <cmath>
+#include <memory>
 #include <string>
 
 #include "absl/flags/flag.h"
@@ -10,11 +11,13 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "base/log.h"
+#include "base/metrics.h"
 #include "base/process.h"
 #include "base/program.h"
 #include "base/status_macros.h"
 #include "cluster/member.h"
 #include "cluster/registration.h"
+#include "kvstore/server/kvstore_metrics.h"
 #include "kvstore/server/kvstore_server.h"
 
 namespace {
@@ -126,6 +129,10 @@ ABSL_FLAG(std::string, advertise, "",
 ABSL_FLAG(absl::Duration, membership_ttl, absl::Seconds(5),
           "How long etcd names a node that has died; whole seconds, 1s to 1h.");
 ABSL_FLAG(std::string, log_level, "info", "debug, info, warning or error.");
+ABSL_FLAG(
+    std::string, metrics_listen, "",
+    "Address that serves metrics to Prometheus at /metrics, host:port; port 0 takes a free one. "
+    "Empty: none.");
 ABSL_FLAG(std::string, port_file, "",
           "File to write host:port into once the node listens. Empty: none.");
 
@@ -159,6 +166,14 @@ absl::Status Run() {
                                                    ": must be whole seconds, 1s to 1h"));
   }
   ASSIGN_OR_RETURN(const auto server, KvStoreServer::Create(options));
+  std::unique_ptr<MetricsServer> metrics;
+  if (const std::string address = absl::GetFlag(FLAGS_metrics_listen); !address.empty()) {
+    ASSIGN_OR_RETURN(metrics, MetricsServer::Create(address, "nosara-kvstore",
+                                                    [raw = server.get()](MetricSink& sink) {
+                                                      ReportMetrics(raw->Stats(), sink);
+                                                    }));
+    LogInfo("metrics at http://{}/metrics", metrics->address());
+  }
   RETURN_IF_ERROR(WritePortFile(absl::GetFlag(FLAGS_port_file), server->address()));
   const std::string ucx = options.ucx_tls.empty() ? "on" : options.ucx_tls;
   LogInfo("node {} listening on {}, arena of {} at {}, UCX {}", options.node_id, server->address(),

@@ -111,6 +111,8 @@ class Checker:
         if header.startswith("sentencepiece") and path != "text/sentencepiece_plugin.cc":
             self.report(path, line, f"<{header}>: only in text/sentencepiece_plugin.cc, which has a "
                                     "symbol scope of its own")
+        if header.startswith("prometheus/") and path != "base/metrics.cc":
+            self.report(path, line, f"<{header}>: only in base/metrics.cc, which hides the library")
         if path.startswith("kernels/") and header.startswith(("absl/", "spdlog/", "google/")):
             self.report(path, line, f"<{header}>: kernels use the CUDA runtime and std only")
         if in_tests or path.startswith("tools/"):
@@ -155,6 +157,8 @@ class Checker:
 PLANTED = {
     "base/good.h": ('#include "base/other.h"\n#include <spdlog/spdlog.h>\n', None),
     "base/bad.cc": ('#include "worker/model/config.h"\n', "base may include"),
+    "base/metrics.cc": ("#include <prometheus/exposer.h>\n", None),
+    "kvstore/server/metrics.cc": ("#include <prometheus/exposer.h>\n", "only in base/metrics.cc"),
     "base/environment.cc": ('const char* p = getenv("HOME");\n', "getenv"),
     "text/good.cc": ('// getenv and <<< in a comment\nconst char* s = "getenv <<<";\n', None),
     "text/sentencepiece_plugin.cc": ("#include <sentencepiece_processor.h>\n", None),
