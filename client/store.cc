@@ -1,8 +1,11 @@
 #include "client/store.h"
 
+#include <algorithm>
 #include <iostream>
 #include <vector>
 
+#include "absl/strings/ascii.h"
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
@@ -18,7 +21,8 @@ constexpr absl::Duration kPollInterval = absl::Milliseconds(200);
 constexpr absl::string_view kUsage =
     "nosara store: looks after a KV store node.\n"
     "  nosara store stats --store=10.0.0.7:50061    what it holds and has done\n"
-    "  nosara store evict --store=...               lets go of all pages that nobody leases\n"
+    "  nosara store evict --store=...               lets go of all pages that nobody leases, or\n"
+    "                                               of those of one --namespace\n"
     "  nosara store verify --store=...              checks all pages against their checksums;\n"
     "                                               exit code 1 when some do not match (they are\n"
     "                                               dropped)\n"
@@ -53,8 +57,8 @@ int RunStats(StoreAdminClient& client) {
   return kExitOk;
 }
 
-int RunEvict(StoreAdminClient& client, uint64_t max_pages) {
-  const auto evicted = client.Evict(max_pages);
+int RunEvict(StoreAdminClient& client, uint64_t max_pages, const std::string& name_space) {
+  const auto evicted = client.Evict(max_pages, name_space);
   if (!evicted.ok()) return Fail(evicted.status());
   const auto stats = client.Stats();
   if (!stats.ok()) return Fail(stats.status());
@@ -99,6 +103,7 @@ int RunVerify(StoreAdminClient& client, uint64_t bytes_per_second) {
 int RunStore(const std::vector<std::string>& args) {
   std::string address = "127.0.0.1:50061";
   bool wait = false;
+  std::string name_space;
   int64_t max_pages = 0;
   int64_t mib_per_second = 0;
   FlagSet set;
@@ -106,6 +111,8 @@ int RunStore(const std::vector<std::string>& args) {
   set.AddAlias("address", "store");
   set.Add("wait", &wait, "drain: wait until no lease is alive");
   set.Add("max_pages", &max_pages, "evict: how many pages at most; 0: all that nobody leases");
+  set.Add("namespace", &name_space,
+          "evict: only pages of this namespace, 32 hexadecimal digits as stats shows them");
   set.Add("mib_per_second", &mib_per_second,
           "verify: how much to check per second at most, in MiB; 0: what the store takes (256)");
   std::vector<std::string> actions;
@@ -118,6 +125,14 @@ int RunStore(const std::vector<std::string>& args) {
   if (max_pages < 0) {
     return usage(absl::StrCat("max_pages = ", max_pages, ": must be 0 or more"));
   }
+  std::string namespace_key;
+  if (!name_space.empty()) {
+    const bool is_hex = std::all_of(name_space.begin(), name_space.end(), absl::ascii_isxdigit);
+    if (name_space.size() != 32 || !is_hex) {
+      return usage(absl::StrCat("namespace = '", name_space, "': must be 32 hexadecimal digits"));
+    }
+    namespace_key = absl::HexStringToBytes(name_space);
+  }
   if (mib_per_second < 0 || mib_per_second > (int64_t{1} << 30)) {
     return usage(absl::StrCat("mib_per_second = ", mib_per_second, ": must be 0 to 2^30"));
   }
@@ -125,7 +140,7 @@ int RunStore(const std::vector<std::string>& args) {
   if (!client.ok()) return usage(std::string(client.status().message()));
   const std::string& action = actions.front();
   if (action == "stats") return RunStats(**client);
-  if (action == "evict") return RunEvict(**client, static_cast<uint64_t>(max_pages));
+  if (action == "evict") return RunEvict(**client, static_cast<uint64_t>(max_pages), namespace_key);
   if (action == "verify") return RunVerify(**client, static_cast<uint64_t>(mib_per_second) << 20);
   if (action == "drain") return RunDrain(**client, wait);
   return usage(absl::StrCat("store ", action, ": must be stats, evict, verify or drain"));
@@ -167,6 +182,11 @@ std::string FormatStoreStats(const v1::GetStatsResponse& stats) {
   pages("pages verified", stats.pages_verified());
   line("  discarded, bad checksum", absl::StrCat(stats.pages_discarded()));
   line("reservations refused, full", absl::StrCat(stats.reservations_refused()));
+  line("namespaces", absl::StrCat(stats.namespaces_total()));
+  for (const v1::NamespaceStats& entry : stats.namespaces()) {
+    absl::StrAppendFormat(&text, "  %s %10d  %s\n", absl::BytesToHexString(entry.namespace_key()),
+                          entry.pages(), Bytes(entry.pages() * stats.page_bytes()));
+  }
   return text;
 }
 

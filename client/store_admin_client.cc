@@ -56,9 +56,11 @@ absl::StatusOr<v1::DrainResponse> StoreAdminClient::Drain() {
   return impl_->Call(&v1::KvStoreService::Stub::Drain, v1::DrainRequest());
 }
 
-absl::StatusOr<v1::EvictResponse> StoreAdminClient::Evict(uint64_t max_pages) {
+absl::StatusOr<v1::EvictResponse> StoreAdminClient::Evict(uint64_t max_pages,
+                                                          const std::string& namespace_key) {
   v1::EvictRequest request;
   request.set_max_pages(max_pages);
+  request.set_namespace_key(namespace_key);
   return impl_->Call(&v1::KvStoreService::Stub::Evict, request);
 }
 

@@ -24,8 +24,9 @@ class StoreAdminClient final {
 
   absl::StatusOr<kvstore::v1::GetStatsResponse> Stats();
   absl::StatusOr<kvstore::v1::DrainResponse> Drain();
-  /// `max_pages`: 0 for all.
-  absl::StatusOr<kvstore::v1::EvictResponse> Evict(uint64_t max_pages);
+  /// `max_pages`: 0 for all. `namespace_key`: 16 bytes, or empty for all namespaces.
+  absl::StatusOr<kvstore::v1::EvictResponse> Evict(uint64_t max_pages,
+                                                   const std::string& namespace_key);
   /// `bytes_per_second`: 0 for the store's default.
   absl::StatusOr<kvstore::v1::VerifyProgress> StartVerify(uint64_t bytes_per_second);
   absl::StatusOr<kvstore::v1::VerifyProgress> VerifyProgress();

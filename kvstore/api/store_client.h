@@ -79,6 +79,8 @@ struct ChainPosition {
   PageKey group;
   /// Key of the block before it; the namespace key for block 0.
   PageKey parent;
+  /// NamespaceKey() of the chain: by it the stores tell whose pages they hold.
+  PageKey name_space;
 };
 
 /// One full page to store. `bytes` holds index part and records, in layout; its header need not be

@@ -98,7 +98,7 @@ void CopyRepairer::WriteNext(RepairPtr repair) {
   repair->homes.pop_back();
   // Where the page is already, this is one call and no bytes.
   const PageWrite write{repair->page.key, repair->tokens, absl::MakeSpan(repair->bytes)};
-  options_.writer->Write(store, repair->origin.parent, {write},
+  options_.writer->Write(store, repair->origin.parent, repair->origin.name_space, {write},
                          [this, repair](absl::StatusOr<WriteResult> written) {
                            if (written.ok()) {
                              if (written->already_stored[0] == 0) {

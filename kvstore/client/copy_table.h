@@ -18,6 +18,8 @@ namespace nosara::kvstore {
 struct PageOrigin {
   PageKey group;
   PageKey parent;
+  /// All zeros where it is not known: the store takes that of the parent, if it has it.
+  PageKey name_space;
 };
 
 /// The copies of pages under the client's leases. A copy has a slot, a generation and so checksums

@@ -35,6 +35,7 @@ absl::StatusOr<PageRef> ParsePage(const v1::Page& page, const PageKey& expected,
 struct PageWriter::State {
   size_t store = 0;
   PageKey parent;
+  PageKey name_space;
   std::vector<PageWrite> pages;
   Done done;
   int attempts_left = kAttempts;
@@ -54,11 +55,12 @@ struct PageWriter::State {
   LeaseId lease;
 };
 
-void PageWriter::Write(size_t store, const PageKey& parent, std::vector<PageWrite> pages,
-                       Done done) {
+void PageWriter::Write(size_t store, const PageKey& parent, const PageKey& name_space,
+                       std::vector<PageWrite> pages, Done done) {
   auto write = std::make_shared<State>();
   write->store = store;
   write->parent = parent;
+  write->name_space = name_space;
   write->written.resize(pages.size(), 0);
   write->pages = std::move(pages);
   write->done = std::move(done);
@@ -85,6 +87,7 @@ void PageWriter::Reserve(StatePtr write) {
       request.add_keys(page.key.bytes.data(), page.key.bytes.size());
     }
     request.set_parent_key(write->parent.ToBytes());
+    request.set_namespace_key(write->name_space.ToBytes());
     request.set_page_bytes(options_.layout.page_bytes());
     request.set_layout_fingerprint(options_.layout.fingerprint());
     request.set_prefix_bytes(options_.layout.prefix_bytes());

@@ -39,7 +39,8 @@ class PageWriter final {
 
   /// 1 to 1,024 pages of the layout's size. `done` runs on any thread, never inside.
   /// `parent`: key of the page before the first one. The result is one copy, under one lease.
-  void Write(size_t store, const PageKey& parent, std::vector<PageWrite> pages, Done done);
+  void Write(size_t store, const PageKey& parent, const PageKey& name_space,
+             std::vector<PageWrite> pages, Done done);
 
   /// Writes under way give up at their next step.
   void Close();

@@ -60,7 +60,7 @@ void ReplicaWriter::WriteCopy(StatePtr write) {
   std::vector<PageWrite> pages(write->pages.begin() + write->begin,
                                write->pages.begin() + write->end);
   options_.writer->Write(
-      store, parent, std::move(pages),
+      store, parent, write->position.name_space, std::move(pages),
       [this, write](absl::StatusOr<WriteResult> copy) { OnCopy(write, std::move(copy)); });
 }
 
@@ -97,7 +97,8 @@ void ReplicaWriter::FinishGroup(StatePtr write) {
     for (size_t i = 0; i < copy.pages.size(); ++i) {
       const size_t page = write->begin + i;
       const PageOrigin origin{write->group,
-                              page == 0 ? write->position.parent : write->pages[page - 1].key};
+                              page == 0 ? write->position.parent : write->pages[page - 1].key,
+                              write->position.name_space};
       options_.copies->Add(copy.pages[i], copy.leases[0], origin);
     }
   }

@@ -28,6 +28,7 @@ void ReportMetrics(const KvStoreStats& stats, MetricSink& sink) {
   gauge("nosara_kvstore_pages_evictable", "Stored pages that could be evicted now",
         index.pages_evictable);
   gauge("nosara_kvstore_leases", "Leases alive", index.leases);
+  gauge("nosara_kvstore_namespaces", "Namespaces that have pages", index.namespaces);
   gauge("nosara_kvstore_draining", "1 while the node takes no new pages", stats.draining ? 1 : 0);
 
   counter("nosara_kvstore_keys_looked_up_total", "Page keys looked up", index.keys_looked_up);

@@ -21,6 +21,7 @@ namespace {
 constexpr int kMaxLookupKeys = 65536;
 constexpr int kMaxPagesPerCall = 1024;
 constexpr int kMaxLeasesPerCall = 65536;
+constexpr size_t kMaxNamespacesShown = 64;
 /// Less than any layout has; bounds the memory that the index takes.
 constexpr uint64_t kMinPageBytes = 4096;
 constexpr uint64_t kMaxSlots = uint64_t{1} << 31;
@@ -49,6 +50,14 @@ absl::Status CheckCount(const char* field, int count, int min, int max) {
 absl::StatusOr<PageKey> ParseKey(const char* field, int index, const std::string& bytes) {
   absl::StatusOr<PageKey> key = PageKey::FromBytes(bytes);
   if (!key.ok()) return Annotate(key.status(), absl::StrCat(field, "[", index, "]"));
+  return key;
+}
+
+/// All zeros when there is none.
+absl::StatusOr<PageKey> ParseNamespace(const std::string& bytes) {
+  if (bytes.empty()) return PageKey();
+  absl::StatusOr<PageKey> key = PageKey::FromBytes(bytes);
+  if (!key.ok()) return Annotate(key.status(), "namespace_key");
   return key;
 }
 
@@ -193,6 +202,9 @@ absl::Status KvStoreServiceImpl::DoReserve(const v1::ReserveRequest& request,
   ASSIGN_OR_RETURN(const std::vector<PageKey> keys, ParseKeys(request.keys()));
   const absl::StatusOr<PageKey> parent = PageKey::FromBytes(request.parent_key());
   if (!parent.ok()) return Annotate(parent.status(), "parent_key");
+  PageIndex::ReserveOptions options;
+  options.request_id = request.request_id();
+  ASSIGN_OR_RETURN(options.name_space, ParseNamespace(request.namespace_key()));
   PageIndex::ReserveResult reserved;
   {
     absl::MutexLock lock(&mu_);
@@ -201,8 +213,7 @@ absl::Status KvStoreServiceImpl::DoReserve(const v1::ReserveRequest& request,
           absl::StrCat("node ", options_.node_id, " is draining: takes no new pages"));
     }
     RETURN_IF_ERROR(FixPageSize(request));
-    ASSIGN_OR_RETURN(reserved,
-                     index_->Reserve(keys, *parent, options_.clock->Now(), request.request_id()));
+    ASSIGN_OR_RETURN(reserved, index_->Reserve(keys, *parent, options_.clock->Now(), options));
   }
   for (const PageIndex::ReservedPage& page : reserved.pages) {
     v1::ReserveResponse::Slot* const slot = response.add_slots();
@@ -361,6 +372,12 @@ grpc::ServerUnaryReactor* KvStoreServiceImpl::GetStats(grpc::CallbackServerConte
   response->set_pages_evicted(stats.index.pages_evicted);
   response->set_pages_evicted_by_request(stats.index.pages_evicted_by_request);
   response->set_pages_discarded(stats.index.pages_discarded);
+  response->set_namespaces_total(stats.index.namespaces);
+  for (const PageIndex::NamespacePages& pages : stats.largest_namespaces) {
+    v1::NamespaceStats* const entry = response->add_namespaces();
+    entry->set_namespace_key(pages.name_space.ToBytes());
+    entry->set_pages(pages.pages);
+  }
   response->set_leases_expired(stats.index.leases_expired);
   response->set_reservations_refused(stats.index.reservations_refused);
   return Finish(context, absl::OkStatus());
@@ -377,6 +394,7 @@ KvStoreStats KvStoreServiceImpl::Stats() {
   if (index_ != nullptr) {
     index_->Expire(options_.clock->Now());
     stats.index = index_->stats();
+    stats.largest_namespaces = index_->LargestNamespaces(kMaxNamespacesShown);
   }
   return stats;
 }
@@ -401,6 +419,15 @@ grpc::ServerUnaryReactor* KvStoreServiceImpl::Evict(grpc::CallbackServerContext*
   uint64_t left =
       request->max_pages() == 0 ? std::numeric_limits<uint64_t>::max() : request->max_pages();
   uint64_t evicted = 0;
+  if (!request->namespace_key().empty()) {
+    const absl::StatusOr<PageKey> name_space = ParseNamespace(request->namespace_key());
+    if (!name_space.ok()) return Finish(context, name_space.status());
+    absl::MutexLock lock(&mu_);
+    if (index_ != nullptr) {
+      evicted = index_->EvictNamespace(*name_space, left, options_.clock->Now());
+    }
+    left = 0;
+  }
   // In parts: others wait for the lock.
   while (left > 0) {
     absl::MutexLock lock(&mu_);

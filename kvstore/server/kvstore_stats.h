@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "kvstore/server/page_index.h"
 
@@ -11,6 +12,8 @@ namespace nosara::kvstore {
 struct KvStoreStats {
   /// All zeros until the first Reserve.
   PageIndex::Stats index;
+  /// Those with the most pages, up to 64.
+  std::vector<PageIndex::NamespacePages> largest_namespaces;
   uint64_t arena_bytes = 0;
   /// 0 until the first Reserve.
   uint64_t page_bytes = 0;

@@ -50,13 +50,13 @@ PageIndex::LookupResult PageIndex::Lookup(absl::Span<const PageKey> keys, absl::
 
 absl::StatusOr<PageIndex::ReserveResult> PageIndex::Reserve(absl::Span<const PageKey> keys,
                                                             const PageKey& parent, absl::Time now,
-                                                            uint64_t request_id) {
+                                                            const ReserveOptions& options) {
   Expire(now);
   const size_t request_hash = absl::HashOf(keys, parent);
-  if (const auto repeated = requests_.find(request_id); repeated != requests_.end()) {
+  if (const auto repeated = requests_.find(options.request_id); repeated != requests_.end()) {
     if (leases_.find(repeated->second)->second.request_hash != request_hash) {
       return absl::InvalidArgumentError(
-          absl::StrCat("request_id = ", request_id, ": was used for other keys"));
+          absl::StrCat("request_id = ", options.request_id, ": was used for other keys"));
     }
     return RepeatReserve(repeated->second, keys, now);
   }
@@ -80,7 +80,7 @@ absl::StatusOr<PageIndex::ReserveResult> PageIndex::Reserve(absl::Span<const Pag
   result.lease_id = next_lease_++;
   Lease lease;
   lease.expires = now + options_.lease_ttl;
-  lease.request_id = request_id;
+  lease.request_id = options.request_id;
   lease.request_hash = request_hash;
   for (const PageKey& key : keys) {
     ReservedPage page;
@@ -97,6 +97,9 @@ absl::StatusOr<PageIndex::ReserveResult> PageIndex::Reserve(absl::Span<const Pag
   }
   const Slot anchor = !missing.empty() && missing.front() == 0 ? Find(parent) : kNoSlot;
   AddReservedChild(anchor);
+  const PageKey name_space = options.name_space == PageKey() && anchor != kNoSlot
+                                 ? slots_[anchor].name_space
+                                 : options.name_space;
   const uint64_t evictable = stored_ + reserved_ - pinned_;
   if (missing.size() > free_.size() + evictable) {
     ++counters_.reservations_refused;
@@ -117,6 +120,7 @@ absl::StatusOr<PageIndex::ReserveResult> PageIndex::Reserve(absl::Span<const Pag
     free_.pop_back();
     SlotInfo& info = slots_[slot];
     info.key = keys[i];
+    info.name_space = name_space;
     info.parent = i == 0 ? anchor : Find(keys[i - 1]);
     if (info.parent != kNoSlot) info.parent_generation = slots_[info.parent].generation;
     if (i > 0) AddReservedChild(info.parent);
@@ -127,13 +131,13 @@ absl::StatusOr<PageIndex::ReserveResult> PageIndex::Reserve(absl::Span<const Pag
     info.pinned_children = 0;
     ++reserved_;
     ++pinned_;
-    by_key_.emplace(keys[i], slot);
+    AddKey(slot);
     result.pages[i].state = ReserveState::kReserved;
     result.pages[i].page.slot = slot;
     result.pages[i].page.generation = info.generation;
     lease.reservations.push_back(result.pages[i].page);
   }
-  if (request_id != 0) requests_.emplace(request_id, result.lease_id);
+  if (options.request_id != 0) requests_.emplace(options.request_id, result.lease_id);
   expiries_.insert({lease.expires, result.lease_id});
   leases_.emplace(result.lease_id, std::move(lease));
   return result;
@@ -309,6 +313,17 @@ void PageIndex::EndLease(LeaseMap::iterator lease, LeaseEnd end, absl::Time now)
   leases_.erase(lease);
 }
 
+void PageIndex::AddKey(Slot slot) {
+  by_key_.emplace(slots_[slot].key, slot);
+  ++namespaces_[slots_[slot].name_space];
+}
+
+void PageIndex::RemoveKey(Slot slot) {
+  by_key_.erase(slots_[slot].key);
+  const auto found = namespaces_.find(slots_[slot].name_space);
+  if (--found->second == 0) namespaces_.erase(found);
+}
+
 PageIndex::Slot PageIndex::Find(const PageKey& key) const {
   const auto found = by_key_.find(key);
   return found == by_key_.end() ? kNoSlot : found->second;
@@ -378,7 +393,7 @@ void PageIndex::RemoveStored(Slot slot) {
   const bool pinned = IsPinned(info);
   --stored_;
   if (pinned) --pinned_;
-  by_key_.erase(info.key);
+  RemoveKey(slot);
   info.state = State::kFree;
   if (parent == kNoSlot) return;
   SlotInfo& parent_info = slots_[parent];
@@ -395,6 +410,25 @@ uint64_t PageIndex::Evict(uint64_t count, absl::Time now) {
   for (uint64_t i = 0; i < count; ++i) EvictOne();
   counters_.pages_evicted_by_request += count;
   return count;
+}
+
+uint64_t PageIndex::EvictNamespace(const PageKey& name_space, uint64_t count, absl::Time now) {
+  Expire(now);
+  uint64_t evicted = 0;
+  for (Slot slot = 0; slot < slots_.size(); ++slot) {
+    // Up the chain from a page that nobody is linked to.
+    for (Slot next = slot; next != kNoSlot && evicted < count && IsEvictable(next) &&
+                           slots_[next].name_space == name_space;
+         ++evicted) {
+      const Slot parent = ParentOf(slots_[next]);
+      RemoveStored(next);
+      policy_->OnRemoved(next);
+      free_.push_back(next);
+      next = parent;
+    }
+  }
+  counters_.pages_evicted_by_request += evicted;
+  return evicted;
 }
 
 std::optional<PageIndex::Page> PageIndex::Hold(uint64_t slot) {
@@ -425,7 +459,7 @@ void PageIndex::Unreserve(Slot slot) {
   const Slot parent = ParentOf(info);
   --reserved_;
   --pinned_;
-  by_key_.erase(info.key);
+  RemoveKey(slot);
   info.state = State::kFree;
   RemoveReservedChild(parent);
 }
@@ -445,7 +479,22 @@ PageIndex::Stats PageIndex::stats() const {
   stats.pages_leased = leased_;
   stats.pages_evictable = stored_ + reserved_ - pinned_;
   stats.leases = leases_.size();
+  stats.namespaces = namespaces_.size();
   return stats;
+}
+
+std::vector<PageIndex::NamespacePages> PageIndex::LargestNamespaces(size_t count) const {
+  std::vector<NamespacePages> all;
+  all.reserve(namespaces_.size());
+  for (const auto& [name_space, pages] : namespaces_) all.push_back({name_space, pages});
+  count = std::min(count, all.size());
+  std::partial_sort(all.begin(), all.begin() + static_cast<ptrdiff_t>(count), all.end(),
+                    [](const NamespacePages& a, const NamespacePages& b) {
+                      return a.pages != b.pages ? a.pages > b.pages
+                                                : a.name_space.bytes < b.name_space.bytes;
+                    });
+  all.resize(count);
+  return all;
 }
 
 std::optional<PageIndex::Page> PageIndex::StoredIn(uint64_t slot) const {
@@ -472,6 +521,7 @@ absl::Status PageIndex::CheckIntegrity() const {
 
   const absl::flat_hash_set<Slot> free(free_.begin(), free_.end());
   if (free.size() != free_.size()) return broken("slot twice in the free list", 0);
+  absl::flat_hash_map<PageKey, uint64_t> namespaces;
   std::vector<uint32_t> children(slots_.size(), 0), pinned_children(slots_.size(), 0);
   uint64_t stored = 0, reserved = 0, quarantined = 0, leased = 0, pinned = 0, discarded = 0;
   for (Slot slot = 0; slot < slots_.size(); ++slot) {
@@ -492,6 +542,7 @@ absl::Status PageIndex::CheckIntegrity() const {
     quarantined += info.state == State::kQuarantined;
     if (IsKeyed(info)) {
       if (Find(info.key) != slot) return broken("key", slot);
+      ++namespaces[info.name_space];
       pinned += IsPinned(info);
       const Slot parent = ParentOf(info);
       if (parent != kNoSlot) {
@@ -504,6 +555,7 @@ absl::Status PageIndex::CheckIntegrity() const {
     }
     if (info.generation < options_.base_generation) return broken("generation", slot);
   }
+  if (namespaces != namespaces_) return broken("namespaces", 0);
   if (stored + reserved != by_key_.size()) return broken("key without slot", 0);
   if (stored != stored_ || reserved != reserved_ || leased != leased_ || pinned != pinned_ ||
       discarded != discarded_) {

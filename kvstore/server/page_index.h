@@ -61,6 +61,17 @@ class PageIndex final {
     Page page;
   };
 
+  struct ReserveOptions {
+    uint64_t request_id = 0;
+    /// Whose the new pages are. All zeros: those of the page that the first one hangs on, if that
+    /// is in the index.
+    PageKey name_space;
+  };
+  struct NamespacePages {
+    PageKey name_space;
+    uint64_t pages = 0;  // stored or reserved
+  };
+
   struct LookupResult {
     std::vector<Page> pages;
     uint64_t lease_id = 0;  // 0: no page, no lease
@@ -80,6 +91,7 @@ class PageIndex final {
     /// Stored pages that could be evicted now.
     uint64_t pages_evictable = 0;
     uint64_t leases = 0;
+    uint64_t namespaces = 0;  // that have pages
     uint64_t keys_looked_up = 0;
     uint64_t keys_found = 0;
     uint64_t pages_committed = 0;
@@ -104,11 +116,15 @@ class PageIndex final {
   /// RESOURCE_EXHAUSTED: not enough slots are free or evictable; nothing was reserved or evicted.
   /// INVALID_ARGUMENT: a key occurs twice, or is `parent`.
   ///
-  /// `request_id`, when not 0, makes a repetition possible: while the lease of a Reserve with this
-  /// id lives, another one with the same keys renews that lease and answers what has become of its
-  /// pages. INVALID_ARGUMENT: other keys.
+  /// `options.request_id`, when not 0, makes a repetition possible: while the lease of a Reserve
+  /// with this id lives, another one with the same keys renews that lease and answers what has
+  /// become of its pages. INVALID_ARGUMENT: other keys.
   absl::StatusOr<ReserveResult> Reserve(absl::Span<const PageKey> keys, const PageKey& parent,
-                                        absl::Time now, uint64_t request_id = 0);
+                                        absl::Time now, const ReserveOptions& options);
+  absl::StatusOr<ReserveResult> Reserve(absl::Span<const PageKey> keys, const PageKey& parent,
+                                        absl::Time now) {
+    return Reserve(keys, parent, now, ReserveOptions());
+  }
 
   /// OK when each page is a live reservation of `lease_id` or was committed under it already.
   /// ABORTED: the lease has ended. NOT_FOUND: no such reservation.
@@ -122,6 +138,9 @@ class PageIndex final {
 
   /// Evicts up to `count` pages that may be evicted; how many it did.
   uint64_t Evict(uint64_t count, absl::Time now);
+  /// The same for pages of one namespace, in no order but that of their chains. Linear in the
+  /// number of slots.
+  uint64_t EvictNamespace(const PageKey& name_space, uint64_t count, absl::Time now);
 
   /// Keeps the page stored in `slot` from eviction while its bytes are looked at, which does not
   /// count as a use; none when the slot holds no page. Not while another page is held.
@@ -145,6 +164,8 @@ class PageIndex final {
   void Expire(absl::Time now);
 
   Stats stats() const;
+  /// The namespaces with the most pages, those with most first; up to `count`.
+  std::vector<NamespacePages> LargestNamespaces(size_t count) const;
 
   /// The page stored in `slot`; none when the slot holds none, or does not exist.
   std::optional<Page> StoredIn(uint64_t slot) const;
@@ -158,6 +179,7 @@ class PageIndex final {
   enum class State : uint8_t { kFree, kReserved, kStored, kQuarantined, kDiscarded };
   struct SlotInfo {
     PageKey key;
+    PageKey name_space;
     uint64_t generation = 0;
     uint64_t writer = 0;             // lease of the reservation, while reserved
     uint64_t parent_generation = 0;  // the link holds while this is the generation of `parent`
@@ -205,6 +227,9 @@ class PageIndex final {
   void EvictOne();
   /// Takes a stored page out of the index; the caller says what the slot becomes.
   void RemoveStored(Slot slot);
+  /// Makes a slot that holds a page findable by its key, or no longer.
+  void AddKey(Slot slot);
+  void RemoveKey(Slot slot);
   /// Ends a reservation: its slot leaves the index.
   void Unreserve(Slot slot);
   void Quarantine(Slot slot, absl::Time now);
@@ -216,6 +241,7 @@ class PageIndex final {
   std::vector<SlotInfo> slots_;
   std::vector<Slot> free_;  // a stack
   absl::flat_hash_map<PageKey, Slot> by_key_;
+  absl::flat_hash_map<PageKey, uint64_t> namespaces_;  // pages, stored or reserved; none has 0
   const std::unique_ptr<EvictionPolicy> policy_;
   absl::btree_set<std::pair<absl::Time, Slot>> quarantined_;
   LeaseMap leases_;

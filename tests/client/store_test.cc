@@ -58,6 +58,8 @@ TEST_F(StoreCommandTest, StatsShowsWhatTheStoreHolds) {
   has("hits", "3  75.0 %");
   has("misses", "1  25.0 %");
   has("pages committed", "4");
+  has("namespaces", "1");
+  has(std::string(32, '0'), "4");
 }
 
 TEST_F(StoreCommandTest, EvictVerifyAndDrain) {
@@ -73,6 +75,8 @@ TEST_F(StoreCommandTest, EvictVerifyAndDrain) {
   // The store, in this process, logs to stdout as well.
   EXPECT_THAT(out_,
               HasSubstr("4 pages verified, 1 did not match their checksums and were dropped"));
+  EXPECT_EQ(Run({"evict", "--namespace=" + Key(77).ToHex()}), client::kExitOk);
+  EXPECT_EQ(out_, "0 pages evicted, 3 left, of which 1 leased\n");
   EXPECT_EQ(Run({"evict", "--max_pages", "1"}), client::kExitOk);
   EXPECT_EQ(out_, "1 pages evicted, 2 left, of which 1 leased\n");
   EXPECT_EQ(Run({"evict"}), client::kExitOk);
@@ -93,6 +97,8 @@ TEST_F(StoreCommandTest, SaysWhatIsWrong) {
   EXPECT_THAT(err_, HasSubstr("store erase: must be stats"));
   EXPECT_EQ(Run({"evict", "--max_pages=-1"}), client::kExitUsage);
   EXPECT_THAT(err_, HasSubstr("max_pages = -1"));
+  EXPECT_EQ(Run({"evict", "--namespace=xyz"}), client::kExitUsage);
+  EXPECT_THAT(err_, HasSubstr("namespace = 'xyz': must be 32 hexadecimal digits"));
   EXPECT_EQ(Run({"verify"}), client::kExitFailed);
   EXPECT_THAT(err_, HasSubstr("nothing was ever reserved"));
   server_->Stop();

@@ -73,6 +73,7 @@ class Target final {
         case 12: {
           v1::EvictRequest request;
           request.set_max_pages(Number());
+          if (Byte() % 2 == 0) request.set_namespace_key(Key());
           Call(&KvStoreServiceImpl::Evict, request);
           break;
         }
@@ -135,6 +136,7 @@ class Target final {
     request->set_prefix_bytes(layout_.prefix_bytes());
     request->set_layout_fingerprint(layout_.fingerprint());
     request->set_request_id(Byte() % 4);
+    if (Byte() % 2 == 0) request->set_namespace_key(Key());
     if (Byte() == 0) request->set_page_bytes(Number());
     if (Byte() == 0) request->set_prefix_bytes(Number());
     if (Byte() == 0) request->set_epoch(Number());

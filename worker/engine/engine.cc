@@ -565,6 +565,7 @@ void Engine::StoreBlocks(Sequence& sequence) {
   position.block = first;
   position.group = sequence.keys[first - first % kvstore::kGroupBlocks];
   position.parent = first == 0 ? sequence.namespace_key : sequence.keys[first - 1];
+  position.name_space = sequence.namespace_key;
   std::vector<kvstore::PageWrite> writes;
   for (const FinishedBlock& block : blocks) {
     writes.push_back({sequence.keys[block.block], kBlockTokens, *block.page});

@@ -76,7 +76,7 @@ class Pages final {
       }
       const size_t block = static_cast<size_t>(i);
       const ChainPosition position{block, pages->keys[block - block % kGroupBlocks],
-                                   i == 0 ? root : pages->keys[i - 1]};
+                                   i == 0 ? root : pages->keys[i - 1], root};
       auto written = Await<absl::StatusOr<WriteResult>>([&](auto done) {
         client.Write(position, {{pages->keys[i], kBlockTokens, absl::MakeSpan(bytes)}},
                      std::move(done));

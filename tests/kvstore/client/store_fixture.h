@@ -102,8 +102,8 @@ struct TestChain {
   }
   std::vector<PageWrite> Writes() { return Writes(0, keys.size()); }
   ChainPosition At(size_t block) const {
-    return {block, keys[block - block % kGroupBlocks],
-            block == 0 ? namespace_key : keys[block - 1]};
+    return {block, keys[block - block % kGroupBlocks], block == 0 ? namespace_key : keys[block - 1],
+            namespace_key};
   }
 
   PageKey namespace_key;

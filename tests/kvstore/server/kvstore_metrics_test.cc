@@ -93,6 +93,7 @@ TEST(KvStoreMetricsTest, EachFigureStandsInItsPlace) {
   stats.commit_checksum_failures = 17;
   stats.page_bytes = 18;
   stats.arena_bytes = 19;
+  stats.index.namespaces = 20;
   stats.draining = true;
   MetricSink sink;
   ReportMetrics(stats, sink);
@@ -115,6 +116,7 @@ TEST(KvStoreMetricsTest, EachFigureStandsInItsPlace) {
                            "pages_verified_total 16",
                            "commit_checksum_failures_total 17",
                            "page_bytes 18",
+                           "namespaces 20",
                            "arena_bytes 19",
                            "draining 1"}) {
     EXPECT_THAT(text, HasSubstr(std::string("\nnosara_kvstore_") + line + "\n"));

@@ -158,6 +158,33 @@ TEST_F(ServiceTest, EvictTakesWhatNobodyLeases) {
   EXPECT_TRUE(Renew(lease));
 }
 
+TEST_F(ServiceTest, EvictTakesOneNamespaceWhereAsked) {
+  Start(8);
+  v1::ReserveRequest request = ReserveRequest({0, 1}, kRoot);
+  request.set_namespace_key(Key(700).ToBytes());
+  const auto reserved = Call(&v1::KvStoreService::Stub::Reserve, request);
+  ASSERT_OK(reserved);
+  for (const v1::Page& page : Reserved(*reserved)) WritePage(page);
+  ASSERT_OK(Commit(reserved->lease_id(), Reserved(*reserved)));
+  Release(reserved->lease_id());
+  Release(Store({10}, kRoot));
+  const v1::GetStatsResponse stats = Stats();
+  EXPECT_EQ(stats.namespaces_total(), 2u);
+  ASSERT_EQ(stats.namespaces_size(), 2);
+  EXPECT_EQ(stats.namespaces(0).namespace_key(), Key(700).ToBytes());
+  EXPECT_EQ(stats.namespaces(0).pages(), 2u);
+  v1::EvictRequest evict;
+  evict.set_namespace_key(Key(700).ToBytes());
+  const auto evicted = Call(&v1::KvStoreService::Stub::Evict, evict);
+  ASSERT_OK(evicted);
+  EXPECT_EQ(evicted->pages_evicted(), 2u);
+  EXPECT_EQ(Found({0}), 0);
+  EXPECT_EQ(Found({10}), 1);
+  evict.set_namespace_key("short");
+  EXPECT_THAT(Call(&v1::KvStoreService::Stub::Evict, evict),
+              StatusIs(absl::StatusCode::kInvalidArgument, "namespace_key"));
+}
+
 TEST_F(ServiceTest, RequestsOutOfRangeAreRefusedByName) {
   Start(4);
   v1::ReserveRequest request = ReserveRequest({0}, kRoot);

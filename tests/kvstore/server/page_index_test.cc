@@ -359,16 +359,57 @@ TEST_F(PageIndexTest, HoldingAPageIsNoUseOfIt) {
   EXPECT_EQ(Found(index, 2, 3), 1u);
 }
 
+TEST_F(PageIndexTest, NamespacesAreCountedAndEvictedApart) {
+  PageIndex index(Options(12));
+  const auto store = [&](int begin, int end, int name_space) {
+    PageIndex::ReserveOptions options;
+    options.name_space = Key(name_space);
+    const auto result =
+        index.Reserve(Keys(begin, end), Key(begin == 0 ? kRoot : begin - 1), now_, options);
+    ASSERT_OK(result);
+    ASSERT_OK(index.Commit(result->lease_id, Reserved(*result), now_));
+    Release(index, result->lease_id, now_);
+  };
+  const auto sizes = [&index](size_t count) {
+    std::vector<std::pair<PageKey, uint64_t>> sizes;
+    for (const auto& one : index.LargestNamespaces(count)) {
+      sizes.emplace_back(one.name_space, one.pages);
+    }
+    return sizes;
+  };
+  using Sizes = std::vector<std::pair<PageKey, uint64_t>>;
+  store(0, 4, 701);
+  store(10, 12, 702);
+  store(20, 25, 703);
+  EXPECT_EQ(sizes(9), (Sizes{{Key(703), 5}, {Key(701), 4}, {Key(702), 2}}));
+  EXPECT_EQ(sizes(1), (Sizes{{Key(703), 5}}));
+  const auto reader = index.Lookup(Keys(20, 22), now_);
+  EXPECT_EQ(index.EvictNamespace(Key(703), 99, now_), 3u);
+  EXPECT_EQ(index.EvictNamespace(Key(704), 99, now_), 0u);
+  EXPECT_OK(index.CheckIntegrity());
+  EXPECT_EQ(index.EvictNamespace(Key(701), 3, now_), 3u);
+  EXPECT_EQ(Found(index, 0, 4), 1u);
+  EXPECT_EQ(sizes(9), (Sizes{{Key(702), 2}, {Key(703), 2}, {Key(701), 1}}));
+  EXPECT_EQ(index.EvictNamespace(Key(701), 3, now_), 1u);
+  EXPECT_EQ(index.stats().namespaces, 2u);
+  EXPECT_EQ(index.stats().pages_evicted_by_request, 7u);
+  // Where the client does not know: that of the page before, which is here.
+  ASSERT_OK(index.Reserve(Keys(22, 23), Key(21), now_));
+  ASSERT_OK(index.Reserve(Keys(30, 31), Key(29), now_));
+  EXPECT_EQ(sizes(9), (Sizes{{Key(703), 3}, {Key(702), 2}, {PageKey(), 1}}));
+  EXPECT_OK(index.CheckIntegrity());
+}
+
 TEST_F(PageIndexTest, ARepeatedReserveAnswersWhatTheFirstOneDid) {
   PageIndex index(Options(8));
   const uint64_t stored = Store(index, 0, 1, kRoot);
   const auto other = index.Reserve(Keys(3, 4), Key(2), now_);
   ASSERT_OK(other);
-  const auto first = index.Reserve(Keys(0, 4), Key(kRoot), now_, /*request_id=*/77);
+  const auto first = index.Reserve(Keys(0, 4), Key(kRoot), now_, {.request_id = 77});
   ASSERT_OK(first);
   Release(index, stored, now_);
   now_ += absl::Seconds(9);
-  const auto again = index.Reserve(Keys(0, 4), Key(kRoot), now_, 77);
+  const auto again = index.Reserve(Keys(0, 4), Key(kRoot), now_, {.request_id = 77});
   ASSERT_OK(again);
   EXPECT_EQ(again->lease_id, first->lease_id);
   const State states[] = {State::kStored, State::kReserved, State::kReserved, State::kBusy};
@@ -382,7 +423,7 @@ TEST_F(PageIndexTest, ARepeatedReserveAnswersWhatTheFirstOneDid) {
   // It was renewed; the other one was not.
   now_ += absl::Seconds(9);
   ASSERT_OK(index.Commit(again->lease_id, Reserved(*again), now_));
-  const auto third = index.Reserve(Keys(0, 4), Key(kRoot), now_, 77);
+  const auto third = index.Reserve(Keys(0, 4), Key(kRoot), now_, {.request_id = 77});
   ASSERT_OK(third);
   EXPECT_EQ(third->pages[1].state, State::kStored);
   EXPECT_EQ(third->pages[3].state, State::kBusy);
@@ -395,12 +436,12 @@ TEST_F(PageIndexTest, WhatAnotherClientHasCommittedSinceIsLeasedByTheRepetition)
   PageIndex index(Options(4));
   const auto other = index.Reserve(Keys(0, 1), Key(kRoot), now_);
   ASSERT_OK(other);
-  const auto first = index.Reserve(Keys(0, 1), Key(kRoot), now_, 5);
+  const auto first = index.Reserve(Keys(0, 1), Key(kRoot), now_, {.request_id = 5});
   ASSERT_OK(first);
   EXPECT_EQ(first->pages[0].state, State::kBusy);
   ASSERT_OK(index.Commit(other->lease_id, Reserved(*other), now_));
   Release(index, other->lease_id, now_);
-  const auto again = index.Reserve(Keys(0, 1), Key(kRoot), now_, 5);
+  const auto again = index.Reserve(Keys(0, 1), Key(kRoot), now_, {.request_id = 5});
   ASSERT_OK(again);
   EXPECT_EQ(again->pages[0].state, State::kStored);
   EXPECT_EQ(index.stats().pages_leased, 1u);
@@ -410,19 +451,19 @@ TEST_F(PageIndexTest, WhatAnotherClientHasCommittedSinceIsLeasedByTheRepetition)
 
 TEST_F(PageIndexTest, ARequestIdIsForgottenWithItsLease) {
   PageIndex index(Options(4));
-  const auto first = index.Reserve(Keys(0, 1), Key(kRoot), now_, 5);
+  const auto first = index.Reserve(Keys(0, 1), Key(kRoot), now_, {.request_id = 5});
   ASSERT_OK(first);
   EXPECT_THAT(
-      index.Reserve(Keys(0, 2), Key(kRoot), now_, 5),
+      index.Reserve(Keys(0, 2), Key(kRoot), now_, {.request_id = 5}),
       StatusIs(absl::StatusCode::kInvalidArgument, "request_id = 5: was used for other keys"));
-  EXPECT_THAT(index.Reserve(Keys(0, 1), Key(7), now_, 5),
+  EXPECT_THAT(index.Reserve(Keys(0, 1), Key(7), now_, {.request_id = 5}),
               StatusIs(absl::StatusCode::kInvalidArgument, "was used for other keys"));
   Release(index, first->lease_id, now_);
-  const auto other = index.Reserve(Keys(5, 6), Key(kRoot), now_, 5);
+  const auto other = index.Reserve(Keys(5, 6), Key(kRoot), now_, {.request_id = 5});
   ASSERT_OK(other);
   EXPECT_NE(other->lease_id, first->lease_id);
   now_ += absl::Seconds(10);
-  const auto after_expiry = index.Reserve(Keys(5, 6), Key(kRoot), now_, 5);
+  const auto after_expiry = index.Reserve(Keys(5, 6), Key(kRoot), now_, {.request_id = 5});
   ASSERT_OK(after_expiry);
   EXPECT_EQ(after_expiry->pages[0].state, State::kReserved);
   EXPECT_NE(after_expiry->pages[0].page.slot, other->pages[0].page.slot) << "is in quarantine";
@@ -483,6 +524,7 @@ TEST_F(PageIndexTest, RandomOperationsKeepTheInvariants) {
           const uint64_t evictable = index.stats().pages_evictable;
           const uint64_t count = random() % 3;
           ASSERT_EQ(index.Evict(count, now_), std::min(count, evictable));
+          if (random() % 8 == 0) index.EvictNamespace(Key(7000 + chain), random() % 9, now_);
           break;
         }
         case 8: {  // the bytes of a page turn out to be bad
@@ -519,9 +561,9 @@ TEST_F(PageIndexTest, RandomOperationsKeepTheInvariants) {
           const int from = std::max(0, begin - static_cast<int>(random() % 2));
           if (from >= end) break;
           const PageIndex::Stats before = index.stats();
-          const auto result =
-              index.Reserve(chain_keys(chain, from, end),
-                            from == 0 ? Key(kRoot) : Key(100 * chain + from - 1), now_);
+          const auto result = index.Reserve(chain_keys(chain, from, end),
+                                            from == 0 ? Key(kRoot) : Key(100 * chain + from - 1),
+                                            now_, {.name_space = Key(7000 + chain % 3)});
           if (!result.ok()) {
             ASSERT_THAT(result, StatusIs(absl::StatusCode::kResourceExhausted, "store full"));
             ASSERT_EQ(index.stats().pages_evicted, before.pages_evicted);
