@@ -69,6 +69,9 @@ absl::StatusOr<std::unique_ptr<KvStoreServer>> KvStoreServer::Create(
   arena.folder = options.arena_folder;
   arena.epoch = server->epoch_;
   ASSIGN_OR_RETURN(server->arena_, Arena::Create(arena));
+  server->startup_.map = server->arena_->startup().map;
+  server->startup_.allocate = server->arena_->startup().allocate;
+  server->startup_.huge_bytes = server->arena_->startup().huge_bytes;
 
   KvStoreServiceImpl::Options service;
   service.node_id = options.node_id;
@@ -81,6 +84,7 @@ absl::StatusOr<std::unique_ptr<KvStoreServer>> KvStoreServer::Create(
   service.host_id = server->arena_->host_id();
   service.clock = options.clock;
   if (options.ucx == KvStoreServerOptions::Ucx::kOn) {
+    const absl::Time started = Clock::Real()->Now();
     absl::StatusOr<std::unique_ptr<UcxTarget>> ucx =
         UcxTarget::Create(server->arena(), options.ucx_tls);
     if (!ucx.ok()) {
@@ -91,6 +95,7 @@ absl::StatusOr<std::unique_ptr<KvStoreServer>> KvStoreServer::Create(
                        "); name other transports, or serve this host only with ucx = off"));
     }
     server->ucx_ = *std::move(ucx);
+    server->startup_.register_memory = Clock::Real()->Now() - started;
     service.ucx_address = server->ucx_->address();
     service.ucx_rkey = server->ucx_->rkey();
   }

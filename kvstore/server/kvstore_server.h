@@ -78,6 +78,15 @@ class KvStoreServer final {
 
   KvStoreStats Stats() const;
 
+  /// What Create() took.
+  struct Startup {
+    absl::Duration map;
+    absl::Duration allocate;
+    absl::Duration register_memory;  // with UCX; zero without
+    uint64_t huge_bytes = 0;         // of the arena, in huge pages
+  };
+  const Startup& startup() const { return startup_; }
+
   /// For tests: blocks until no page is being verified.
   void WaitForVerify();
   /// For tests: see PageIndex::CheckIntegrity().
@@ -92,6 +101,7 @@ class KvStoreServer final {
 
   uint64_t epoch_ = 0;
   std::string address_;
+  Startup startup_;
   std::unique_ptr<Arena> arena_;
   std::unique_ptr<UcxTarget> ucx_;  // null without UCX
   std::unique_ptr<KvStoreServiceImpl> service_;
