@@ -178,14 +178,20 @@ std::string FormatStoreStats(const v1::GetStatsResponse& stats) {
   pages("pages committed", stats.pages_committed());
   line("  refused, bad checksum", absl::StrCat(stats.commit_checksum_failures()));
   pages("pages evicted to make room", stats.pages_evicted());
+  pages("pages evicted for a quota", stats.pages_evicted_by_quota());
   pages("pages evicted by request", stats.pages_evicted_by_request());
   pages("pages verified", stats.pages_verified());
   line("  discarded, bad checksum", absl::StrCat(stats.pages_discarded()));
   line("reservations refused, full", absl::StrCat(stats.reservations_refused()));
+  line("  namespace at its quota", absl::StrCat(stats.reservations_refused_by_quota()));
   line("namespaces", absl::StrCat(stats.namespaces_total()));
   for (const v1::NamespaceStats& entry : stats.namespaces()) {
-    absl::StrAppendFormat(&text, "  %s %10d  %s\n", absl::BytesToHexString(entry.namespace_key()),
+    absl::StrAppendFormat(&text, "  %s %10d  %s", absl::BytesToHexString(entry.namespace_key()),
                           entry.pages(), Bytes(entry.pages() * stats.page_bytes()));
+    if (entry.quota_pages() > 0) {
+      absl::StrAppend(&text, " of ", Bytes(entry.quota_pages() * stats.page_bytes()));
+    }
+    absl::StrAppend(&text, "\n");
   }
   return text;
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
@@ -67,7 +68,8 @@ class Queue final {
 
 class LruPolicy final : public EvictionPolicy {
  public:
-  explicit LruPolicy(uint32_t num_slots) : nodes_(num_slots), queue_(&nodes_) {}
+  explicit LruPolicy(std::shared_ptr<std::vector<Node>> nodes)
+      : shared_(std::move(nodes)), nodes_(*shared_), queue_(&nodes_) {}
 
   void OnStored(Slot slot, uint64_t hash) override { nodes_[slot].place = Place::kUnknown; }
   void OnUse(Slot slot) override {}
@@ -95,7 +97,8 @@ class LruPolicy final : public EvictionPolicy {
   bool IsQueued(Slot slot) const override { return nodes_[slot].place == Place::kQueued; }
 
  private:
-  std::vector<Node> nodes_;
+  const std::shared_ptr<std::vector<Node>> shared_;
+  std::vector<Node>& nodes_;
   Queue queue_;
 };
 
@@ -216,8 +219,14 @@ absl::string_view EvictionKindName(EvictionKind kind) {
 }
 
 std::unique_ptr<EvictionPolicy> MakeEvictionPolicy(EvictionKind kind, uint32_t num_slots) {
-  if (kind == EvictionKind::kLru) return std::make_unique<LruPolicy>(num_slots);
+  if (kind == EvictionKind::kLru) return LruPolicies(num_slots)();
   return std::make_unique<S3FifoPolicy>(num_slots);
+}
+
+std::function<std::unique_ptr<EvictionPolicy>()> LruPolicies(uint32_t num_slots) {
+  return [nodes = std::make_shared<std::vector<Node>>(num_slots)] {
+    return std::make_unique<LruPolicy>(nodes);
+  };
 }
 
 }  // namespace nosara::kvstore

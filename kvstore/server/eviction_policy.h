@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 
@@ -69,5 +70,9 @@ absl::string_view EvictionKindName(EvictionKind kind);
 ///    slots, or the small queue's would push out the others.
 /// docs/benchmarks/README.md has what each costs and gains.
 std::unique_ptr<EvictionPolicy> MakeEvictionPolicy(EvictionKind kind, uint32_t num_slots);
+
+/// Makes kLru policies that share the slots 0 to `num_slots` - 1, and the memory for them: at any
+/// time at most one of them knows a slot.
+std::function<std::unique_ptr<EvictionPolicy>()> LruPolicies(uint32_t num_slots);
 
 }  // namespace nosara::kvstore

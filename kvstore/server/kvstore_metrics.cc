@@ -36,8 +36,9 @@ void ReportMetrics(const KvStoreStats& stats, MetricSink& sink) {
   counter("nosara_kvstore_pages_committed_total", "Pages that became visible",
           index.pages_committed);
   constexpr char kEvicted[] = "nosara_kvstore_pages_evicted_total";
-  constexpr char kEvictedHelp[] = "Pages evicted: to make room, or because somebody asked for it";
+  constexpr char kEvictedHelp[] = "Pages evicted: to make room, for a quota, or by request";
   counter(kEvicted, kEvictedHelp, index.pages_evicted, {{"cause", "room"}});
+  counter(kEvicted, kEvictedHelp, index.pages_evicted_by_quota, {{"cause", "quota"}});
   counter(kEvicted, kEvictedHelp, index.pages_evicted_by_request, {{"cause", "request"}});
   counter("nosara_kvstore_pages_verified_total", "Stored pages checked against their checksums",
           stats.pages_verified);
@@ -47,8 +48,11 @@ void ReportMetrics(const KvStoreStats& stats, MetricSink& sink) {
           "Pages refused at Commit because a checksum differed", stats.commit_checksum_failures);
   counter("nosara_kvstore_leases_expired_total", "Leases that ended without being released",
           index.leases_expired);
-  counter("nosara_kvstore_reservations_refused_total", "Reservations refused because it was full",
-          index.reservations_refused);
+  constexpr char kRefused[] = "nosara_kvstore_reservations_refused_total";
+  constexpr char kRefusedHelp[] =
+      "Reservations refused because the store or the namespace was full";
+  counter(kRefused, kRefusedHelp, index.reservations_refused, {{"cause", "full"}});
+  counter(kRefused, kRefusedHelp, index.reservations_refused_by_quota, {{"cause", "quota"}});
 }
 
 }  // namespace nosara::kvstore

@@ -79,6 +79,8 @@ absl::StatusOr<std::unique_ptr<KvStoreServer>> KvStoreServer::Create(
   service.lease_ttl = options.lease_ttl;
   service.quarantine = options.quarantine;
   service.eviction = options.eviction;
+  service.namespace_quota_bytes = options.namespace_quota_bytes;
+  service.namespace_quotas_bytes = options.namespace_quotas_bytes;
   service.arena = server->arena();
   service.arena_path = server->arena_->path();
   service.host_id = server->arena_->host_id();

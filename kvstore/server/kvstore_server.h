@@ -7,12 +7,14 @@
 #include <string>
 #include <thread>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/notification.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "base/clock.h"
+#include "kvstore/api/page_key.h"
 #include "kvstore/server/eviction_policy.h"
 #include "kvstore/server/kvstore_stats.h"
 
@@ -44,6 +46,11 @@ struct KvStoreServerOptions {
   absl::Duration quarantine = absl::Seconds(60);
   /// Which pages go when the store is full.
   EvictionKind eviction = EvictionKind::kS3Fifo;
+  /// How much the pages of one namespace (model, layout and tenant) may take; 0: no limit. One that
+  /// has reached this gives up its own idle pages for new ones, or is refused.
+  uint64_t namespace_quota_bytes = 0;
+  /// For these namespaces instead; 0: no limit.
+  absl::flat_hash_map<PageKey, uint64_t> namespace_quotas_bytes;
   /// Data plane beside direct mapping.
   enum class Ucx { kOn, kOff };
   Ucx ucx = Ucx::kOn;

@@ -191,6 +191,16 @@ absl::Status KvStoreServiceImpl::FixPageSize(const v1::ReserveRequest& request) 
   index.lease_ttl = options_.lease_ttl;
   index.quarantine = options_.quarantine;
   index.eviction = options_.eviction;
+  // At least one page each: 0 would be no limit.
+  const auto pages = [this](uint64_t bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    return std::max<uint64_t>(1, bytes / page_bytes_);
+  };
+  if (options_.namespace_quota_bytes > 0) {
+    index.namespace_quota = pages(options_.namespace_quota_bytes);
+  }
+  for (const auto& [name_space, bytes] : options_.namespace_quotas_bytes) {
+    index.namespace_quotas[name_space] = bytes == 0 ? 0 : pages(bytes);
+  }
   index_ = std::make_unique<PageIndex>(index);
   return absl::OkStatus();
 }
@@ -370,6 +380,8 @@ grpc::ServerUnaryReactor* KvStoreServiceImpl::GetStats(grpc::CallbackServerConte
   response->set_keys_found(stats.index.keys_found);
   response->set_pages_committed(stats.index.pages_committed);
   response->set_pages_evicted(stats.index.pages_evicted);
+  response->set_pages_evicted_by_quota(stats.index.pages_evicted_by_quota);
+  response->set_reservations_refused_by_quota(stats.index.reservations_refused_by_quota);
   response->set_pages_evicted_by_request(stats.index.pages_evicted_by_request);
   response->set_pages_discarded(stats.index.pages_discarded);
   response->set_namespaces_total(stats.index.namespaces);
@@ -377,6 +389,7 @@ grpc::ServerUnaryReactor* KvStoreServiceImpl::GetStats(grpc::CallbackServerConte
     v1::NamespaceStats* const entry = response->add_namespaces();
     entry->set_namespace_key(pages.name_space.ToBytes());
     entry->set_pages(pages.pages);
+    entry->set_quota_pages(pages.quota);
   }
   response->set_leases_expired(stats.index.leases_expired);
   response->set_reservations_refused(stats.index.reservations_refused);

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
@@ -29,6 +30,9 @@ class KvStoreServiceImpl final : public v1::KvStoreService::CallbackService {
     absl::Duration lease_ttl;
     absl::Duration quarantine;
     EvictionKind eviction = EvictionKind::kS3Fifo;
+    /// As in KvStoreServerOptions.
+    uint64_t namespace_quota_bytes = 0;
+    absl::flat_hash_map<PageKey, uint64_t> namespace_quotas_bytes;
     absl::Span<std::byte> arena;
     std::string arena_path;
     std::string host_id;

@@ -1,14 +1,19 @@
 // nosara-kvstore: one KV store node. Turns flags into options; everything else is KvStoreServer.
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/flags/flag.h"
 #include "absl/flags/marshalling.h"
 #include "absl/strings/ascii.h"
+#include "absl/strings/escaping.h"
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "base/log.h"
 #include "base/metrics.h"
@@ -65,6 +70,51 @@ std::string AbslUnparseFlag(ByteSize size) {
   return absl::StrCat(value, kUnits[unit]);
 }
 
+/// "SIZE" for every namespace, "NAMESPACE=SIZE" for one, in any number and order.
+struct Quotas {
+  ByteSize every;  // 0: no limit
+  absl::flat_hash_map<nosara::kvstore::PageKey, uint64_t> bytes;
+};
+
+bool AbslParseFlag(absl::string_view text, Quotas* quotas, std::string* error) {
+  *quotas = Quotas();
+  for (const absl::string_view item : absl::StrSplit(text, ',', absl::SkipEmpty())) {
+    const size_t equals = item.find('=');
+    ByteSize size;
+    if (item.substr(equals == item.npos ? 0 : equals + 1) != "none" &&
+        !AbslParseFlag(item.substr(equals == item.npos ? 0 : equals + 1), &size, error)) {
+      *error = absl::StrCat("'", item, "': ", *error, ", or none");
+      return false;
+    }
+    if (equals == item.npos) {
+      quotas->every = size;
+      continue;
+    }
+    const absl::string_view digits = item.substr(0, equals);
+    if (digits.size() != 32 || !std::all_of(digits.begin(), digits.end(), absl::ascii_isxdigit)) {
+      *error = absl::StrCat("'", item,
+                            "': must be SIZE, or NAMESPACE=SIZE with a namespace of 32 hexadecimal "
+                            "digits");
+      return false;
+    }
+    const auto key = nosara::kvstore::PageKey::FromBytes(absl::HexStringToBytes(digits));
+    quotas->bytes[*key] = size.bytes;
+  }
+  return true;
+}
+
+std::string AbslUnparseFlag(const Quotas& quotas) {
+  std::vector<std::string> items;
+  const auto size = [](uint64_t bytes) {
+    return bytes == 0 ? std::string("none") : AbslUnparseFlag(ByteSize{bytes});
+  };
+  if (quotas.every.bytes > 0) items.push_back(size(quotas.every.bytes));
+  for (const auto& [key, bytes] : quotas.bytes) {
+    items.push_back(absl::StrCat(key.ToHex(), "=", size(bytes)));
+  }
+  return absl::StrJoin(items, ",");
+}
+
 /// "on" or "off".
 struct OnOff {
   bool on = true;
@@ -118,6 +168,12 @@ ABSL_FLAG(absl::Duration, quarantine, absl::Seconds(60),
 ABSL_FLAG(nosara::kvstore::EvictionKind, eviction, nosara::kvstore::EvictionKind::kS3Fifo,
           "Which pages a full store gives up first. s3fifo: those used once, before those used "
           "again. lru: those not used for longest.");
+ABSL_FLAG(
+    Quotas, namespace_quotas, Quotas{},
+    "How much the pages of one namespace (model, layout and tenant) may take: SIZE for each, "
+    "NAMESPACE=SIZE or NAMESPACE=none for one, separated by commas, with a namespace as "
+    "`nosara store stats` shows it. One that has reached this gives up its own idle pages for "
+    "new ones, or is refused. Empty: no limits.");
 ABSL_FLAG(OnOff, ucx, OnOff{true},
           "on: the arena can be read and written through UCX from other hosts. off: only from this "
           "host, by mapping.");
@@ -152,6 +208,9 @@ absl::Status Run() {
   options.lease_ttl = absl::GetFlag(FLAGS_lease_ttl);
   options.quarantine = absl::GetFlag(FLAGS_quarantine);
   options.eviction = absl::GetFlag(FLAGS_eviction);
+  const Quotas quotas = absl::GetFlag(FLAGS_namespace_quotas);
+  options.namespace_quota_bytes = quotas.every.bytes;
+  options.namespace_quotas_bytes = quotas.bytes;
   options.ucx = absl::GetFlag(FLAGS_ucx).on ? KvStoreServerOptions::Ucx::kOn
                                             : KvStoreServerOptions::Ucx::kOff;
   options.ucx_tls = absl::GetFlag(FLAGS_ucx_tls);

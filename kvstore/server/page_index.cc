@@ -12,7 +12,10 @@ namespace nosara::kvstore {
 
 PageIndex::PageIndex(const Options& options)
     : options_(options),
-      policy_(MakeEvictionPolicy(options.eviction, static_cast<uint32_t>(options.num_slots))) {
+      policy_(MakeEvictionPolicy(options.eviction, static_cast<uint32_t>(options.num_slots))),
+      make_own_policy_(LruPolicies(options.namespace_quota > 0 || !options.namespace_quotas.empty()
+                                       ? static_cast<uint32_t>(options.num_slots)
+                                       : 0)) {
   CHECK(options.num_slots >= 1 && options.num_slots <= std::numeric_limits<Slot>::max());
   slots_.resize(options.num_slots);
   free_.reserve(options.num_slots);
@@ -36,7 +39,7 @@ PageIndex::LookupResult PageIndex::Lookup(absl::Span<const PageKey> keys, absl::
       break;
     }
     LeasePage(slot, lease);
-    policy_->OnUse(slot);
+    Tell(&EvictionPolicy::OnUse, slot);
     result.pages.push_back({key, slot, slots_[slot].generation});
   }
   counters_.keys_found += result.pages.size();
@@ -88,7 +91,7 @@ absl::StatusOr<PageIndex::ReserveResult> PageIndex::Reserve(absl::Span<const Pag
     const Slot slot = Find(key);
     if (slot != kNoSlot && slots_[slot].state == State::kStored) {
       LeasePage(slot, lease);
-      policy_->OnUse(slot);
+      Tell(&EvictionPolicy::OnUse, slot);
       page.state = ReserveState::kStored;
       page.page.slot = slot;
       page.page.generation = slots_[slot].generation;
@@ -98,29 +101,22 @@ absl::StatusOr<PageIndex::ReserveResult> PageIndex::Reserve(absl::Span<const Pag
   const Slot anchor = !missing.empty() && missing.front() == 0 ? Find(parent) : kNoSlot;
   AddReservedChild(anchor);
   const PageKey name_space = options.name_space == PageKey() && anchor != kNoSlot
-                                 ? slots_[anchor].name_space
+                                 ? slots_[anchor].name_space->key
                                  : options.name_space;
-  const uint64_t evictable = stored_ + reserved_ - pinned_;
-  if (missing.size() > free_.size() + evictable) {
-    ++counters_.reservations_refused;
-    const absl::Status refused = absl::ResourceExhaustedError(absl::StrCat(
-        "store full: ", missing.size(), " pages asked for, ", free_.size(), " of ", slots_.size(),
-        " slots free and ", evictable, " evictable; ", leased_, " leased, ", reserved_,
-        " being written, ", quarantined_.size() + discarded_, " in quarantine"));
+  const absl::Status room = MakeRoom(missing.size(), name_space);
+  if (!room.ok()) {
     RemoveReservedChild(anchor);
     expiries_.insert({lease.expires, result.lease_id});
     const auto inserted = leases_.emplace(result.lease_id, std::move(lease)).first;
     EndLease(inserted, LeaseEnd::kReleased, now);
-    return refused;
+    return room;
   }
-  for (; free_.size() < missing.size(); ++counters_.pages_evicted) EvictOne();
 
   for (const size_t i : missing) {
     const Slot slot = free_.back();
     free_.pop_back();
     SlotInfo& info = slots_[slot];
     info.key = keys[i];
-    info.name_space = name_space;
     info.parent = i == 0 ? anchor : Find(keys[i - 1]);
     if (info.parent != kNoSlot) info.parent_generation = slots_[info.parent].generation;
     if (i > 0) AddReservedChild(info.parent);
@@ -130,8 +126,8 @@ absl::StatusOr<PageIndex::ReserveResult> PageIndex::Reserve(absl::Span<const Pag
     info.children = 0;
     info.pinned_children = 0;
     ++reserved_;
-    ++pinned_;
-    AddKey(slot);
+    AddKey(slot, name_space);
+    CountPin(slot, true);
     result.pages[i].state = ReserveState::kReserved;
     result.pages[i].page.slot = slot;
     result.pages[i].page.generation = info.generation;
@@ -141,6 +137,46 @@ absl::StatusOr<PageIndex::ReserveResult> PageIndex::Reserve(absl::Span<const Pag
   expiries_.insert({lease.expires, result.lease_id});
   leases_.emplace(result.lease_id, std::move(lease));
   return result;
+}
+
+uint64_t PageIndex::QuotaOf(const PageKey& name_space) const {
+  const auto found = options_.namespace_quotas.find(name_space);
+  return found == options_.namespace_quotas.end() ? options_.namespace_quota : found->second;
+}
+
+absl::Status PageIndex::MakeRoom(uint64_t count, const PageKey& name_space) {
+  const auto found = namespaces_.find(name_space);
+  Namespace* const own = found == namespaces_.end() ? nullptr : &found->second;
+  const uint64_t quota = QuotaOf(name_space);
+  const uint64_t own_pages = own == nullptr ? 0 : own->pages;
+  const uint64_t own_evictable = own == nullptr ? 0 : own->pages - own->pinned;
+  const uint64_t over =
+      quota > 0 && own_pages + count > quota ? own_pages + count - quota : uint64_t{0};
+  const auto refused = [&] {
+    ++counters_.reservations_refused_by_quota;
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "namespace ", name_space.ToHex(), " full: ", count, " pages asked for, ", own_pages,
+        " of a quota of ", quota, " there, ", own_evictable, " of them evictable"));
+  };
+  if (over > own_evictable) return refused();
+  const uint64_t evictable = stored_ + reserved_ - pinned_;
+  if (count > free_.size() + evictable) {
+    ++counters_.reservations_refused;
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "store full: ", count, " pages asked for, ", free_.size(), " of ", slots_.size(),
+        " slots free and ", evictable, " evictable; ", leased_, " leased, ", reserved_,
+        " being written, ", quarantined_.size() + discarded_, " in quarantine"));
+  }
+  for (uint64_t i = 0; i < over; ++i) {
+    // Pages of another namespace hang on those of this one: only a client that lies about its
+    // namespace brings that about.
+    if (own->own == nullptr || !EvictOne(*own->own)) return refused();
+    ++counters_.pages_evicted_by_quota;
+    // With its last page the namespace goes.
+    if (i + 1 < over && !namespaces_.contains(name_space)) return refused();
+  }
+  for (; free_.size() < count; ++counters_.pages_evicted) CHECK(EvictOne(*policy_));
+  return absl::OkStatus();
 }
 
 PageIndex::ReserveResult PageIndex::RepeatReserve(uint64_t lease_id, absl::Span<const PageKey> keys,
@@ -212,7 +248,7 @@ absl::Status PageIndex::Commit(uint64_t lease_id, absl::Span<const Page> pages, 
     --reserved_;
     ++stored_;
     ++counters_.pages_committed;
-    policy_->OnStored(slot, absl::HashOf(info.key));
+    Tell<uint64_t>(&EvictionPolicy::OnStored, slot, absl::HashOf(info.key));
   }
   return absl::OkStatus();
 }
@@ -233,7 +269,6 @@ void PageIndex::Discard(absl::Span<const Page> pages, absl::Time now) {
     }
     const Slot slot = static_cast<Slot>(page.slot);
     RemoveStored(slot);
-    policy_->OnRemoved(slot);
     ++counters_.pages_discarded;
     if (slots_[slot].leases > 0) {
       slots_[slot].state = State::kDiscarded;
@@ -296,7 +331,7 @@ void PageIndex::EndLease(LeaseMap::iterator lease, LeaseEnd end, absl::Time now)
     }
     --leased_;
     PinsChanged(*it, /*was=*/true);
-    policy_->OnIdle(*it);
+    Tell(&EvictionPolicy::OnIdle, *it);
   }
   for (const Page& page : lease->second.reservations) {
     if (!IsReservation(id, page)) continue;  // committed or dropped since
@@ -313,15 +348,29 @@ void PageIndex::EndLease(LeaseMap::iterator lease, LeaseEnd end, absl::Time now)
   leases_.erase(lease);
 }
 
-void PageIndex::AddKey(Slot slot) {
+void PageIndex::AddKey(Slot slot, const PageKey& name_space) {
   by_key_.emplace(slots_[slot].key, slot);
-  ++namespaces_[slots_[slot].name_space];
+  const auto [found, is_new] = namespaces_.try_emplace(name_space);
+  Namespace& own = found->second;
+  if (is_new) {
+    own.key = name_space;
+    own.quota = QuotaOf(name_space);
+    if (own.quota > 0) own.own = make_own_policy_();
+  }
+  ++own.pages;
+  slots_[slot].name_space = &own;
 }
 
 void PageIndex::RemoveKey(Slot slot) {
   by_key_.erase(slots_[slot].key);
-  const auto found = namespaces_.find(slots_[slot].name_space);
-  if (--found->second == 0) namespaces_.erase(found);
+  Namespace* const own = std::exchange(slots_[slot].name_space, nullptr);
+  if (--own->pages == 0) namespaces_.erase(PageKey(own->key));
+}
+
+void PageIndex::CountPin(Slot slot, bool is) {
+  is ? ++pinned_ : --pinned_;
+  Namespace& own = *slots_[slot].name_space;
+  is ? ++own.pinned : --own.pinned;
 }
 
 PageIndex::Slot PageIndex::Find(const PageKey& key) const {
@@ -340,7 +389,7 @@ void PageIndex::PinsChanged(Slot slot, bool was) {
   while (slot != kNoSlot) {
     const bool is = IsPinned(slots_[slot]);
     if (is == was) return;
-    is ? ++pinned_ : --pinned_;
+    CountPin(slot, is);
     slot = ParentOf(slots_[slot]);
     if (slot == kNoSlot) return;
     was = IsPinned(slots_[slot]);
@@ -370,7 +419,7 @@ void PageIndex::RemoveReservedChild(Slot parent) {
   --info.children;
   --info.pinned_children;
   PinsChanged(parent, /*was=*/true);
-  if (IsEvictable(parent)) policy_->OnLeaf(parent);
+  if (IsEvictable(parent)) Tell(&EvictionPolicy::OnLeaf, parent);
 }
 
 bool PageIndex::IsEvictable(Slot slot) const {
@@ -378,13 +427,14 @@ bool PageIndex::IsEvictable(Slot slot) const {
   return info.state == State::kStored && info.leases == 0 && info.children == 0 && !info.held;
 }
 
-void PageIndex::EvictOne() {
+bool PageIndex::EvictOne(EvictionPolicy& policy) {
   const std::optional<Slot> victim =
-      policy_->TakeVictim([this](Slot slot) { return IsEvictable(slot); });
-  CHECK(victim.has_value());
+      policy.TakeVictim([this](Slot slot) { return IsEvictable(slot); });
+  if (!victim.has_value()) return false;
   RemoveStored(*victim);
   slots_[*victim].state = State::kFree;
   free_.push_back(*victim);
+  return true;
 }
 
 void PageIndex::RemoveStored(Slot slot) {
@@ -392,7 +442,8 @@ void PageIndex::RemoveStored(Slot slot) {
   const Slot parent = ParentOf(info);
   const bool pinned = IsPinned(info);
   --stored_;
-  if (pinned) --pinned_;
+  Tell(&EvictionPolicy::OnRemoved, slot);
+  if (pinned) CountPin(slot, false);
   RemoveKey(slot);
   info.state = State::kFree;
   if (parent == kNoSlot) return;
@@ -401,13 +452,13 @@ void PageIndex::RemoveStored(Slot slot) {
   --parent_info.children;
   if (pinned) --parent_info.pinned_children;
   PinsChanged(parent, was);
-  if (IsEvictable(parent)) policy_->OnLeaf(parent);
+  if (IsEvictable(parent)) Tell(&EvictionPolicy::OnLeaf, parent);
 }
 
 uint64_t PageIndex::Evict(uint64_t count, absl::Time now) {
   Expire(now);
   count = std::min(count, stored_ + reserved_ - pinned_);
-  for (uint64_t i = 0; i < count; ++i) EvictOne();
+  for (uint64_t i = 0; i < count; ++i) CHECK(EvictOne(*policy_));
   counters_.pages_evicted_by_request += count;
   return count;
 }
@@ -418,11 +469,10 @@ uint64_t PageIndex::EvictNamespace(const PageKey& name_space, uint64_t count, ab
   for (Slot slot = 0; slot < slots_.size(); ++slot) {
     // Up the chain from a page that nobody is linked to.
     for (Slot next = slot; next != kNoSlot && evicted < count && IsEvictable(next) &&
-                           slots_[next].name_space == name_space;
+                           slots_[next].name_space->key == name_space;
          ++evicted) {
       const Slot parent = ParentOf(slots_[next]);
       RemoveStored(next);
-      policy_->OnRemoved(next);
       free_.push_back(next);
       next = parent;
     }
@@ -451,14 +501,14 @@ void PageIndex::EndHold() {
   if (slots_[slot].state != State::kStored) return;
   PinsChanged(slot, /*was=*/true);
   // Its turn may have come, and passed it, meanwhile.
-  if (IsEvictable(slot)) policy_->OnLeaf(slot);
+  if (IsEvictable(slot)) Tell(&EvictionPolicy::OnLeaf, slot);
 }
 
 void PageIndex::Unreserve(Slot slot) {
   SlotInfo& info = slots_[slot];
   const Slot parent = ParentOf(info);
   --reserved_;
-  --pinned_;
+  CountPin(slot, false);
   RemoveKey(slot);
   info.state = State::kFree;
   RemoveReservedChild(parent);
@@ -486,7 +536,7 @@ PageIndex::Stats PageIndex::stats() const {
 std::vector<PageIndex::NamespacePages> PageIndex::LargestNamespaces(size_t count) const {
   std::vector<NamespacePages> all;
   all.reserve(namespaces_.size());
-  for (const auto& [name_space, pages] : namespaces_) all.push_back({name_space, pages});
+  for (const auto& [key, own] : namespaces_) all.push_back({key, own.pages, own.quota});
   count = std::min(count, all.size());
   std::partial_sort(all.begin(), all.begin() + static_cast<ptrdiff_t>(count), all.end(),
                     [](const NamespacePages& a, const NamespacePages& b) {
@@ -521,7 +571,7 @@ absl::Status PageIndex::CheckIntegrity() const {
 
   const absl::flat_hash_set<Slot> free(free_.begin(), free_.end());
   if (free.size() != free_.size()) return broken("slot twice in the free list", 0);
-  absl::flat_hash_map<PageKey, uint64_t> namespaces;
+  absl::flat_hash_map<PageKey, std::pair<uint64_t, uint64_t>> namespaces;  // pages, pinned
   std::vector<uint32_t> children(slots_.size(), 0), pinned_children(slots_.size(), 0);
   uint64_t stored = 0, reserved = 0, quarantined = 0, leased = 0, pinned = 0, discarded = 0;
   for (Slot slot = 0; slot < slots_.size(); ++slot) {
@@ -542,7 +592,9 @@ absl::Status PageIndex::CheckIntegrity() const {
     quarantined += info.state == State::kQuarantined;
     if (IsKeyed(info)) {
       if (Find(info.key) != slot) return broken("key", slot);
-      ++namespaces[info.name_space];
+      auto& [pages, pinned_pages] = namespaces[info.name_space->key];
+      ++pages;
+      pinned_pages += IsPinned(info);
       pinned += IsPinned(info);
       const Slot parent = ParentOf(info);
       if (parent != kNoSlot) {
@@ -555,7 +607,14 @@ absl::Status PageIndex::CheckIntegrity() const {
     }
     if (info.generation < options_.base_generation) return broken("generation", slot);
   }
-  if (namespaces != namespaces_) return broken("namespaces", 0);
+  if (namespaces.size() != namespaces_.size()) return broken("namespaces", 0);
+  for (const auto& [key, own] : namespaces_) {
+    const auto found = namespaces.find(key);
+    if (found == namespaces.end() || found->second != std::pair(own.pages, own.pinned) ||
+        own.key != key) {
+      return broken("namespace", own.pages);
+    }
+  }
   if (stored + reserved != by_key_.size()) return broken("key without slot", 0);
   if (stored != stored_ || reserved != reserved_ || leased != leased_ || pinned != pinned_ ||
       discarded != discarded_) {
@@ -567,7 +626,11 @@ absl::Status PageIndex::CheckIntegrity() const {
     if (!IsKeyed(info)) continue;
     if (children[slot] != info.children) return broken("count of children", slot);
     if (pinned_children[slot] != info.pinned_children) return broken("pinned children", slot);
-    if (IsEvictable(slot) && !policy_->IsQueued(slot)) return broken("eviction", slot);
+    if (!IsEvictable(slot)) continue;
+    const EvictionPolicy* const own = info.name_space->own.get();
+    if (!policy_->IsQueued(slot) || (own != nullptr && !own->IsQueued(slot))) {
+      return broken("eviction", slot);
+    }
   }
   for (const auto& [until, slot] : quarantined_) {
     if (slots_[slot].state != State::kQuarantined) return broken("quarantine", slot);

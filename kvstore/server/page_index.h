@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -10,6 +11,7 @@
 
 #include "absl/container/btree_set.h"
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/node_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
@@ -47,6 +49,11 @@ class PageIndex final {
     absl::Duration lease_ttl = absl::Seconds(30);
     absl::Duration quarantine = absl::Seconds(60);
     EvictionKind eviction = EvictionKind::kS3Fifo;
+    /// How many pages one namespace may have, stored or being written; 0: no limit. One that is to
+    /// get more gives up its own pages first, the least recently leased ones.
+    uint64_t namespace_quota = 0;
+    /// For these namespaces instead.
+    absl::flat_hash_map<PageKey, uint64_t> namespace_quotas;
   };
 
   struct Page {
@@ -70,6 +77,7 @@ class PageIndex final {
   struct NamespacePages {
     PageKey name_space;
     uint64_t pages = 0;  // stored or reserved
+    uint64_t quota = 0;  // 0: none
   };
 
   struct LookupResult {
@@ -96,10 +104,12 @@ class PageIndex final {
     uint64_t keys_found = 0;
     uint64_t pages_committed = 0;
     uint64_t pages_evicted = 0;             // to make room
+    uint64_t pages_evicted_by_quota = 0;    // to keep their namespace within its quota
     uint64_t pages_evicted_by_request = 0;  // by Evict()
     uint64_t pages_discarded = 0;
     uint64_t leases_expired = 0;
-    uint64_t reservations_refused = 0;
+    uint64_t reservations_refused = 0;           // because the store was full
+    uint64_t reservations_refused_by_quota = 0;  // because the namespace was
   };
 
   /// `options.num_slots` is 1 to 2^32 - 1.
@@ -113,7 +123,8 @@ class PageIndex final {
 
   /// Slots for `keys`, consecutive blocks of a chain behind `parent`. Evicts what it must. All
   /// states are under the one new lease, but for kBusy ones.
-  /// RESOURCE_EXHAUSTED: not enough slots are free or evictable; nothing was reserved or evicted.
+  /// RESOURCE_EXHAUSTED: not enough slots are free or evictable, or the namespace's quota leaves no
+  /// room and not enough of its own pages are evictable; nothing was reserved or evicted.
   /// INVALID_ARGUMENT: a key occurs twice, or is `parent`.
   ///
   /// `options.request_id`, when not 0, makes a repetition possible: while the lease of a Reserve
@@ -177,9 +188,16 @@ class PageIndex final {
   using Slot = EvictionPolicy::Slot;
   static constexpr Slot kNoSlot = std::numeric_limits<Slot>::max();
   enum class State : uint8_t { kFree, kReserved, kStored, kQuarantined, kDiscarded };
+  struct Namespace {
+    PageKey key;
+    uint64_t pages = 0;   // stored or reserved; never 0
+    uint64_t pinned = 0;  // of them
+    uint64_t quota = 0;
+    std::unique_ptr<EvictionPolicy> own;  // orders its pages; null without quota
+  };
   struct SlotInfo {
     PageKey key;
-    PageKey name_space;
+    Namespace* name_space = nullptr;  // while keyed
     uint64_t generation = 0;
     uint64_t writer = 0;             // lease of the reservation, while reserved
     uint64_t parent_generation = 0;  // the link holds while this is the generation of `parent`
@@ -223,12 +241,24 @@ class PageIndex final {
   /// A reserved page is linked to `parent`, or no longer.
   void AddReservedChild(Slot parent);
   void RemoveReservedChild(Slot parent);
-  /// Precondition: a page is evictable.
-  void EvictOne();
+  /// Evicts the page that `policy` chooses; false when there is none.
+  bool EvictOne(EvictionPolicy& policy);
   /// Takes a stored page out of the index; the caller says what the slot becomes.
   void RemoveStored(Slot slot);
+  /// Tells the policies that order the page in `slot`.
+  template <typename... Args>
+  void Tell(void (EvictionPolicy::*event)(Slot, Args...), Slot slot, Args... args) {
+    (policy_.get()->*event)(slot, args...);
+    Namespace* const name_space = slots_[slot].name_space;
+    if (name_space->own != nullptr) (name_space->own.get()->*event)(slot, args...);
+  }
+  uint64_t QuotaOf(const PageKey& name_space) const;
+  /// Evicts so that `count` new pages of the namespace fit. Errors: those of Reserve().
+  absl::Status MakeRoom(uint64_t count, const PageKey& name_space);
+  /// Keeps pinned_, and that of the page's namespace.
+  void CountPin(Slot slot, bool is);
   /// Makes a slot that holds a page findable by its key, or no longer.
-  void AddKey(Slot slot);
+  void AddKey(Slot slot, const PageKey& name_space);
   void RemoveKey(Slot slot);
   /// Ends a reservation: its slot leaves the index.
   void Unreserve(Slot slot);
@@ -241,8 +271,9 @@ class PageIndex final {
   std::vector<SlotInfo> slots_;
   std::vector<Slot> free_;  // a stack
   absl::flat_hash_map<PageKey, Slot> by_key_;
-  absl::flat_hash_map<PageKey, uint64_t> namespaces_;  // pages, stored or reserved; none has 0
+  absl::node_hash_map<PageKey, Namespace> namespaces_;
   const std::unique_ptr<EvictionPolicy> policy_;
+  const std::function<std::unique_ptr<EvictionPolicy>()> make_own_policy_;
   absl::btree_set<std::pair<absl::Time, Slot>> quarantined_;
   LeaseMap leases_;
   absl::flat_hash_map<uint64_t, uint64_t> requests_;  // request id -> lease

@@ -33,6 +33,7 @@ class Target final {
     options.epoch = uint64_t{3} << 32;
     options.lease_ttl = absl::Seconds(10);
     options.quarantine = absl::Seconds(20);
+    options.namespace_quota_bytes = 3 * layout_.page_bytes();
     options.arena = absl::MakeSpan(arena_);
     options.clock = &clock_;
     service_.emplace(options);
@@ -186,7 +187,9 @@ class Target final {
           stats.slots_total());
     CHECK(stats.pages_leased() <= stats.slots_stored());
     CHECK(stats.keys_found() <= stats.keys_looked_up());
-    CHECK(stats.pages_evicted() + stats.pages_evicted_by_request() <= stats.pages_committed());
+    CHECK(stats.pages_evicted() + stats.pages_evicted_by_request() +
+              stats.pages_evicted_by_quota() <=
+          stats.pages_committed());
   }
 
   template <typename Request, typename Response>

@@ -94,6 +94,8 @@ TEST(KvStoreMetricsTest, EachFigureStandsInItsPlace) {
   stats.page_bytes = 18;
   stats.arena_bytes = 19;
   stats.index.namespaces = 20;
+  stats.index.pages_evicted_by_quota = 21;
+  stats.index.reservations_refused_by_quota = 22;
   stats.draining = true;
   MetricSink sink;
   ReportMetrics(stats, sink);
@@ -112,7 +114,9 @@ TEST(KvStoreMetricsTest, EachFigureStandsInItsPlace) {
                            "pages_evicted_total{cause=\"request\"} 12",
                            "pages_discarded_total 13",
                            "leases_expired_total 14",
-                           "reservations_refused_total 15",
+                           "reservations_refused_total{cause=\"full\"} 15",
+                           "pages_evicted_total{cause=\"quota\"} 21",
+                           "reservations_refused_total{cause=\"quota\"} 22",
                            "pages_verified_total 16",
                            "commit_checksum_failures_total 17",
                            "page_bytes 18",

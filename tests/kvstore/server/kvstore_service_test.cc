@@ -185,6 +185,33 @@ TEST_F(ServiceTest, EvictTakesOneNamespaceWhereAsked) {
               StatusIs(absl::StatusCode::kInvalidArgument, "namespace_key"));
 }
 
+TEST_F(ServiceTest, QuotasAreOfBytesByNamespace) {
+  KvStoreServerOptions options;
+  options.namespace_quota_bytes = 3 * layout_.page_bytes() - 1;  // two pages
+  options.namespace_quotas_bytes = {{Key(700), 1}, {Key(701), 0}};
+  Start(12, options);
+  const auto reserve = [this](const std::vector<int>& pages, int name_space) {
+    v1::ReserveRequest request = ReserveRequest(pages, kRoot);
+    request.set_namespace_key(Key(name_space).ToBytes());
+    return Call(&v1::KvStoreService::Stub::Reserve, request);
+  };
+  const auto refused = reserve({0, 1}, 700);
+  EXPECT_THAT(refused, StatusIs(absl::StatusCode::kResourceExhausted, "of a quota of 1 there"));
+  EXPECT_TRUE(RetryDelay(refused.status()).has_value());
+  EXPECT_OK(reserve({0}, 700));
+  EXPECT_OK(reserve({10, 11, 12, 13}, 701));
+  EXPECT_OK(reserve({20, 21}, 702));
+  EXPECT_THAT(reserve({22}, 702),
+              StatusIs(absl::StatusCode::kResourceExhausted, "of a quota of 2 there"));
+  const v1::GetStatsResponse stats = Stats();
+  EXPECT_EQ(stats.reservations_refused_by_quota(), 2u);
+  EXPECT_EQ(stats.reservations_refused(), 0u);
+  ASSERT_EQ(stats.namespaces_size(), 3);
+  EXPECT_EQ(stats.namespaces(0).quota_pages(), 0u);
+  EXPECT_EQ(stats.namespaces(1).quota_pages(), 2u);
+  EXPECT_EQ(stats.namespaces(2).quota_pages(), 1u);
+}
+
 TEST_F(ServiceTest, RequestsOutOfRangeAreRefusedByName) {
   Start(4);
   v1::ReserveRequest request = ReserveRequest({0}, kRoot);

@@ -400,6 +400,60 @@ TEST_F(PageIndexTest, NamespacesAreCountedAndEvictedApart) {
   EXPECT_OK(index.CheckIntegrity());
 }
 
+TEST_F(PageIndexTest, ANamespaceAtItsQuotaGivesUpItsOwnPagesOrIsRefused) {
+  PageIndex::Options options = Options(10);
+  options.namespace_quota = 4;
+  options.namespace_quotas = {{Key(702), 2}, {Key(703), 0}};
+  PageIndex index(options);
+  const auto reserve = [&](int begin, int end, int name_space) {
+    return index.Reserve(Keys(begin, end), Key(begin % 10 == 0 ? kRoot : begin - 1), now_,
+                         {.name_space = Key(name_space)});
+  };
+  const auto store = [&](int begin, int end, int name_space) {
+    const auto result = reserve(begin, end, name_space);
+    EXPECT_OK(result);
+    if (!result.ok()) return uint64_t{0};
+    EXPECT_OK(index.Commit(result->lease_id, Reserved(*result), now_));
+    EXPECT_OK(index.CheckIntegrity());
+    return result->lease_id;
+  };
+  Release(index, store(10, 13, 703), now_);
+  Release(index, store(0, 3, 701), now_);
+  Release(index, store(20, 21, 701), now_);
+  // Its own tail goes, though three slots are free and the pages of 703 are older.
+  Release(index, store(30, 31, 701), now_);
+  EXPECT_EQ(Found(index, 0, 3), 2u);
+  EXPECT_EQ(Found(index, 10, 13), 3u);
+  EXPECT_EQ(index.stats().pages_evicted_by_quota, 1u);
+  EXPECT_EQ(index.stats().pages_evicted, 0u);
+
+  // What is leased does not go, nor what it hangs on.
+  const auto reader = index.Lookup(Keys(0, 2), now_);
+  const auto other = index.Lookup(Keys(20, 21), now_);
+  EXPECT_THAT(reserve(40, 42, 701),
+              StatusIs(absl::StatusCode::kResourceExhausted,
+                       "full: 2 pages asked for, 4 of a quota of 4 there, 1 of them evictable"));
+  EXPECT_EQ(index.stats().reservations_refused_by_quota, 1u);
+  EXPECT_EQ(index.stats().reservations_refused, 0u);
+  EXPECT_EQ(Found(index, 30, 31), 1u) << "evicted for nothing";
+  EXPECT_OK(index.CheckIntegrity());
+  Release(index, store(40, 41, 701), now_);
+  EXPECT_EQ(Found(index, 30, 31), 0u);
+  Release(index, reader.lease_id, now_);
+  Release(index, other.lease_id, now_);
+
+  // Another one's quota, and none.
+  EXPECT_THAT(reserve(50, 53, 702), StatusIs(absl::StatusCode::kResourceExhausted, "quota of 2"));
+  Release(index, store(50, 52, 702), now_);
+  Release(index, store(60, 66, 703), now_);
+  EXPECT_GT(index.stats().pages_evicted, 0u) << "the store is full";
+  EXPECT_OK(index.CheckIntegrity());
+  // All pages of a namespace can be exchanged.
+  Release(index, store(70, 74, 701), now_);
+  EXPECT_EQ(Found(index, 70, 74), 4u);
+  EXPECT_EQ(Found(index, 0, 1), 0u);
+}
+
 TEST_F(PageIndexTest, ARepeatedReserveAnswersWhatTheFirstOneDid) {
   PageIndex index(Options(8));
   const uint64_t stored = Store(index, 0, 1, kRoot);
@@ -484,6 +538,7 @@ TEST_F(PageIndexTest, RandomOperationsKeepTheInvariants) {
     PageIndex::Options options = Options(slots);
     options.eviction = seed % 2 == 0 ? EvictionKind::kLru : EvictionKind::kS3Fifo;
     options.quarantine = absl::Seconds(3);
+    if (seed % 3 == 0) options.namespace_quota = 6;
     PageIndex index(options);
     struct ModelLease {
       absl::Time expires;
@@ -565,11 +620,16 @@ TEST_F(PageIndexTest, RandomOperationsKeepTheInvariants) {
                                             from == 0 ? Key(kRoot) : Key(100 * chain + from - 1),
                                             now_, {.name_space = Key(7000 + chain % 3)});
           if (!result.ok()) {
-            ASSERT_THAT(result, StatusIs(absl::StatusCode::kResourceExhausted, "store full"));
+            ASSERT_THAT(result, StatusIs(absl::StatusCode::kResourceExhausted, "full: "));
             ASSERT_EQ(index.stats().pages_evicted, before.pages_evicted);
             ASSERT_EQ(index.stats().slots_free, before.slots_free);
             ASSERT_EQ(index.stats().pages_evictable, before.pages_evictable);
             break;
+          }
+          if (options.namespace_quota > 0) {
+            for (const auto& one : index.LargestNamespaces(1)) {
+              ASSERT_LE(one.pages, options.namespace_quota);
+            }
           }
           ModelLease& lease = leases[result->lease_id];
           lease.expires = now_ + absl::Seconds(10);
@@ -653,7 +713,10 @@ TEST_F(PageIndexTest, RandomOperationsKeepTheInvariants) {
     // Nothing has leaked: without leases and quarantine every slot can be had.
     for (const auto& [id, lease] : leases) index.Release({&id, 1}, now_);
     now_ += absl::Hours(1);
-    ASSERT_OK(index.Reserve(Keys(5000, 5000 + static_cast<int>(slots)), Key(kRoot), now_));
+    for (int page = 0; page < static_cast<int>(slots); ++page) {
+      ASSERT_OK(
+          index.Reserve({Key(5000 + page)}, Key(kRoot), now_, {.name_space = Key(8000 + page)}));
+    }
     ASSERT_OK(index.CheckIntegrity());
   }
 }

@@ -25,8 +25,7 @@ class ServiceTest : public ::testing::Test {
   static constexpr int kRoot = 9999;
 
   /// Starts a store of `slots` pages.
-  void Start(uint64_t slots) {
-    KvStoreServerOptions options;
+  void Start(uint64_t slots, KvStoreServerOptions options = {}) {
     options.listen = "";
     options.arena_bytes = slots * layout_.page_bytes();
     options.node_id = "s";
