@@ -6,6 +6,6 @@
 namespace nosara::kernels {
 
 /// As the launch function of the same parameters, all pointers being host pointers.
-void ArgMaxReference(const ArgMaxParams& params);
+void SampleReference(const SampleParams& params);
 
 }  // namespace nosara::kernels

@@ -40,14 +40,6 @@ void ApplyPenalties(absl::Span<float> logits, const SamplingParams& params,
   }
 }
 
-int32_t ArgMax(absl::Span<const float> logits) {
-  int32_t best = 0;
-  for (int32_t i = 1; i < static_cast<int32_t>(logits.size()); ++i) {
-    if (logits[i] > logits[best]) best = i;
-  }
-  return best;
-}
-
 /// Log of the sum of exponentials, in double.
 double LogSumExp(absl::Span<const float> logits) {
   const float largest = *std::max_element(logits.begin(), logits.end());
@@ -75,37 +67,6 @@ std::vector<Candidate> Best(absl::Span<const float> logits, size_t count) {
   return all;
 }
 
-int32_t Draw(absl::Span<const float> logits, const SamplingParams& params, uint64_t position) {
-  const size_t top_k = params.top_k > 0 ? params.top_k : logits.size();
-  const std::vector<Candidate> candidates = Best(logits, top_k);
-  // Weights relative to the best, at the temperature, in double: the order of summation is fixed.
-  std::vector<double> weights(candidates.size());
-  double total = 0;
-  for (size_t i = 0; i < candidates.size(); ++i) {
-    const double gap = static_cast<double>(candidates[i].logit) - candidates[0].logit;
-    weights[i] = std::exp(gap / params.temperature);
-    total += weights[i];
-  }
-  size_t kept = candidates.size();
-  if (params.top_p < 1) {
-    double sum = 0;
-    kept = 0;
-    while (kept < weights.size() && (kept == 0 || sum < params.top_p * total))
-      sum += weights[kept++];
-  }
-  // weights[0] is 1, so min_p compares against it directly.
-  while (kept > 1 && weights[kept - 1] < params.min_p) --kept;
-  double sum = 0;
-  for (size_t i = 0; i < kept; ++i) sum += weights[i];
-  const double target = UniformAt(params.seed, position) * sum;
-  double cumulative = 0;
-  for (size_t i = 0; i < kept; ++i) {
-    cumulative += weights[i];
-    if (target < cumulative) return candidates[i].id;
-  }
-  return candidates[kept - 1].id;
-}
-
 }  // namespace
 
 double UniformAt(uint64_t seed, uint64_t position) {
@@ -114,6 +75,16 @@ double UniformAt(uint64_t seed, uint64_t position) {
              {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
   const uint64_t bits = (static_cast<uint64_t>(random[0]) << 32) | random[1];
   return static_cast<double>(bits >> 11) * 0x1p-53;
+}
+
+kernels::DrawParams SamplingParams::ToDraw(uint64_t position) const {
+  kernels::DrawParams draw;
+  draw.uniform = UniformAt(seed, position);
+  draw.temperature = temperature;
+  draw.top_k = top_k;
+  draw.top_p = top_p;
+  draw.min_p = min_p;
+  return draw;
 }
 
 SampledToken Sample(absl::Span<float> logits, const SamplingParams& params,
@@ -133,7 +104,8 @@ SampledToken Sample(absl::Span<float> logits, const SamplingParams& params,
     }
   }
   if (params.NeedsHistory()) ApplyPenalties(logits, params, history, prompt_tokens);
-  token.id = params.temperature == 0 ? ArgMax(logits) : Draw(logits, params, position);
+  token.id =
+      kernels::DrawToken(logits.data(), static_cast<int>(logits.size()), params.ToDraw(position));
   if (params.top_logprobs >= 0) {
     token.logprob = static_cast<float>(model_logits[token.id] - log_sum);
   }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/types/span.h"
+#include "kernels/sample/draw.h"
 
 namespace nosara::worker {
 
@@ -24,6 +25,10 @@ struct SamplingParams {
   bool NeedsHistory() const {
     return repetition_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0;
   }
+  /// Whether the logits alone decide, and the token is all that is wanted.
+  bool DrawnFromLogits() const { return top_logprobs < 0 && !NeedsHistory(); }
+  /// How the token at absolute position `position` is drawn.
+  kernels::DrawParams ToDraw(uint64_t position) const;
 };
 
 /// A drawn token. `logprob` and `top` (best first) are natural logarithms of the model's own
@@ -43,8 +48,8 @@ double UniformAt(uint64_t seed, uint64_t position);
 ///
 /// `logits`: [V] f32, used as scratch. `history`: prompt, then output, where
 /// params.NeedsHistory(); the output begins at `prompt_tokens`. Order of application: repetition,
-/// presence and frequency penalties, temperature, top_k, top_p, min_p. Greedy takes the smallest
-/// id among equals. A NaN logit counts as -inf.
+/// presence and frequency penalties, then as kernels/sample/draw.h has it: temperature, top_k,
+/// top_p, min_p. Greedy takes the smallest id among equals. A NaN logit counts as -inf.
 SampledToken Sample(absl::Span<float> logits, const SamplingParams& params,
                     absl::Span<const int32_t> history, size_t prompt_tokens, uint64_t position);
 

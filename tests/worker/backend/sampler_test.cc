@@ -3,9 +3,12 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <map>
+#include <random>
 #include <vector>
 
 namespace nosara::worker {
@@ -81,6 +84,99 @@ TEST(SamplerTest, TopKTopPAndMinPCutTheTail) {
   frequencies = Frequencies(logits, min_p);
   EXPECT_EQ(frequencies.count(0), 0u);
   EXPECT_GT(frequencies[2], 0.3);
+}
+
+// What kernels/sample/draw.h says, by sorting.
+int32_t DrawBySorting(const std::vector<float>& logits, const kernels::DrawParams& params) {
+  const float largest = *std::max_element(logits.begin(), logits.end());
+  std::vector<std::pair<uint32_t, int32_t>> tokens;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    const uint32_t gap = kernels::DrawGap(largest, logits[i], params.temperature);
+    if (kernels::DrawWeight(gap) > 0) tokens.emplace_back(gap, i);
+  }
+  std::sort(tokens.begin(), tokens.end());
+  const auto keep = [&tokens](uint32_t gap) {
+    while (tokens.back().first > gap) tokens.pop_back();
+  };
+  const auto total = [&tokens] {
+    uint64_t sum = 0;
+    for (const auto& [gap, id] : tokens) sum += kernels::DrawWeight(gap);
+    return sum;
+  };
+  if (params.top_k > 0 && params.top_k < static_cast<int>(tokens.size())) {
+    keep(tokens[params.top_k - 1].first);
+  }
+  if (params.top_p < 1) {
+    const auto needed =
+        static_cast<uint64_t>(std::ceil(static_cast<double>(params.top_p) * total()));
+    uint64_t sum = 0;
+    uint32_t last = 0;
+    for (const auto& [gap, id] : tokens) {
+      if (sum >= needed && sum > 0) break;
+      sum += kernels::DrawWeight(gap);
+      last = gap;
+    }
+    keep(last);
+  }
+  while (kernels::DrawWeight(tokens.back().first) <
+         static_cast<double>(params.min_p) * kernels::DrawWeight(0)) {
+    tokens.pop_back();
+  }
+  const auto target = static_cast<uint64_t>(params.uniform * static_cast<double>(total()));
+  std::sort(tokens.begin(), tokens.end(), [](auto& a, auto& b) { return a.second < b.second; });
+  uint64_t sum = 0;
+  for (const auto& [gap, id] : tokens) {
+    sum += kernels::DrawWeight(gap);
+    if (sum > target) return id;
+  }
+  return tokens.back().second;
+}
+
+TEST(DrawTest, AgreesWithSorting) {
+  std::mt19937 random(5);
+  for (int round = 0; round < 3000; ++round) {
+    std::vector<float> logits(1 + random() % 300);
+    std::normal_distribution<float> normal(0, round % 3 == 0 ? 0.2f : 4);
+    for (float& logit : logits)
+      logit = round % 2 == 0 ? normal(random) : std::round(normal(random));
+    kernels::DrawParams params;
+    params.uniform = random() * 0x1p-32;
+    params.temperature = std::array{0.2f, 1.0f, 3.0f}[random() % 3];
+    if (random() % 2 == 0) params.top_k = 2 + random() % 60;
+    if (random() % 2 == 0) params.top_p = std::array{1e-6f, 0.3f, 0.9f, 0.99f}[random() % 4];
+    if (random() % 3 == 0) params.min_p = std::array{1e-5f, 0.1f, 1.0f}[random() % 3];
+    ASSERT_EQ(kernels::DrawToken(logits.data(), static_cast<int>(logits.size()), params),
+              DrawBySorting(logits, params))
+        << "round " << round;
+  }
+}
+
+TEST(DrawTest, WeightsAreExponentials) {
+  uint64_t before = kernels::DrawWeight(0);
+  EXPECT_NEAR(static_cast<double>(before), 0x1p40, 0x1p40 * 1e-6);
+  for (uint32_t gap = 0; gap < kernels::kNoGap; gap += 99991) {
+    const uint64_t weight = kernels::DrawWeight(gap);
+    const double exact = std::exp(-(gap * 0x1p-26)) * 0x1p40;
+    ASSERT_NEAR(static_cast<double>(weight), exact, exact * 1e-6 + 1) << gap;
+    ASSERT_LE(weight, before) << gap;
+    before = weight;
+  }
+  EXPECT_EQ(kernels::DrawWeight(kernels::kNoGap), 0u);
+}
+
+TEST(DrawTest, WithoutFiniteLogitsTheChoiceIsGreedy) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  kernels::DrawParams params;
+  params.temperature = 1;
+  params.uniform = 0.9;
+  const auto draw = [&params](const std::vector<float>& logits) {
+    return kernels::DrawToken(logits.data(), static_cast<int>(logits.size()), params);
+  };
+  EXPECT_EQ(draw({-infinity, -infinity}), 0);
+  EXPECT_EQ(draw({1, infinity, 2}), 1);
+  EXPECT_EQ(draw({-infinity, 1, std::nanf("")}), 1);
+  params.top_k = 1;
+  EXPECT_EQ(draw({1, 3, 3}), 1);
 }
 
 TEST(SamplerTest, PenaltiesActOnWhatWasSaid) {

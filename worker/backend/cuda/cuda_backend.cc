@@ -453,6 +453,9 @@ void CudaBackend::RunPieces(absl::Span<const StepItem> items, absl::Span<const P
     for (int64_t i = piece.first; i < piece.first + piece.tokens; ++i) {
       tokens.push_back({sequence.row, static_cast<int32_t>(sequence.tokens + i), item.tokens[i]});
     }
+    if (item.sample.has_value() && item.sample->params.DrawnFromLogits()) {
+      tokens.back().draw = item.sample->params.ToDraw(tokens.back().position + 1);
+    }
     const bool last = piece.first + piece.tokens == static_cast<int64_t>(item.tokens.size());
     if (decode || (last && item.sample.has_value())) {
       sampled.push_back(piece.item);
@@ -482,8 +485,8 @@ void CudaBackend::RunPieces(absl::Span<const StepItem> items, absl::Span<const P
       counters.CountFetched(kvstore::Path::kMapped, totals.y, layout_.record_bytes());
     }
   }
-  const std::vector<int32_t> greedy(output->tokens.begin(), output->tokens.end());
-  SampleTokens(items, sampled, greedy, results);
+  const std::vector<int32_t> drawn(output->tokens.begin(), output->tokens.end());
+  SampleTokens(items, sampled, drawn, results);
 }
 
 absl::Status CudaBackend::Fetch(absl::Span<const kernels::Load> loads, std::byte* landing,
@@ -535,18 +538,15 @@ absl::Status CudaBackend::Fetch(absl::Span<const kernels::Load> loads, std::byte
 }
 
 void CudaBackend::SampleTokens(absl::Span<const StepItem> items, absl::Span<const size_t> sampled,
-                               absl::Span<const int32_t> greedy,
+                               absl::Span<const int32_t> drawn,
                                std::vector<StepItemResult>& results) {
-  const auto chosen_on_device = [](const SamplingParams& params) {
-    return params.temperature == 0 && params.top_logprobs < 0 && !params.NeedsHistory();
-  };
   std::vector<size_t> others;  // index in `sampled`
   for (size_t i = 0; i < sampled.size(); ++i) {
     const StepItem& item = items[sampled[i]];
     if (!item.sample.has_value() || !results[sampled[i]].status.ok()) continue;
-    if (chosen_on_device(item.sample->params)) {
+    if (item.sample->params.DrawnFromLogits()) {
       SampledToken token;
-      token.id = greedy[i];
+      token.id = drawn[i];
       results[sampled[i]].token = token;
     } else {
       others.push_back(i);

@@ -105,7 +105,7 @@ class CudaBackend final : public Backend {
   absl::Status Fetch(absl::Span<const kernels::Load> loads, std::byte* landing,
                      absl::Span<const StepItem> items, std::vector<StepItemResult>& results);
   void SampleTokens(absl::Span<const StepItem> items, absl::Span<const size_t> sampled,
-                    absl::Span<const int32_t> greedy, std::vector<StepItemResult>& results);
+                    absl::Span<const int32_t> drawn, std::vector<StepItemResult>& results);
   absl::Status Export(absl::Span<const StepItem> items, std::vector<StepItemResult>& results);
 
   // Constant after construction.

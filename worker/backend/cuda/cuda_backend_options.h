@@ -32,7 +32,8 @@ struct CudaBackendOptions {
   /// Stores whose arenas are mapped into the device at start, where they lie in this machine's
   /// memory: the first so many of the store client. Others are mapped when they are first met.
   int num_stores = 0;
-  /// Threads that sample where greedy choice on the device is not what was asked for.
+  /// Threads that sample where more is asked for than the device draws: penalties,
+  /// log-probabilities.
   int threads = 2;
 
   absl::Status Validate(const ModelConfig& config) const;

@@ -19,6 +19,7 @@ using namespace step_layout;
 
 namespace {
 
+using kernels::DrawParams;
 using kernels::kBlockTokens;
 using kernels::Load;
 using kernels::RowTile;
@@ -236,7 +237,7 @@ int CudaStep::Splits(int rows) const {
 
 void CudaStep::FillInput(absl::Span<const StepToken> tokens, int rows) {
   *In<uint32_t>(0, false) = step_;
-  StepRow* info = In<StepRow>(kRowsOffset, false);
+  StepRow* info = In<StepRow>(RowsOffset(max_rows_), false);
   int32_t* ids = In<int32_t>(TokensOffset(max_rows_), false);
   for (int i = 0; i < rows; ++i) {
     if (i < static_cast<int>(tokens.size())) {
@@ -357,6 +358,10 @@ absl::StatusOr<StepOutput> CudaStep::Decode(absl::Span<const StepToken> tokens, 
   shape.missing = missing;
   step_ += 2;
   FillInput(tokens, shape.rows);
+  DrawParams* draws = In<DrawParams>(kDrawsOffset, false);
+  for (int i = 0; i < shape.rows; ++i) {
+    draws[i] = i < static_cast<int>(tokens.size()) ? tokens[i].draw : DrawParams();
+  }
   last_shape_ = shape;
   if (missing == Missing::kFetched) {
     RETURN_IF_ERROR(LaunchDecode(shape, kAllStages, fetch));
@@ -391,7 +396,12 @@ absl::StatusOr<StepOutput> CudaStep::Prefill(absl::Span<const StepToken> tokens,
   const int blocks = BlockBucket(longest, cache_->view().max_blocks);
   step_ += 2;
   FillInput(tokens, rows);
-  std::copy(logits_rows.begin(), logits_rows.end(), In<int32_t>(SourceOffset(max_rows_), false));
+  DrawParams* draws = In<DrawParams>(kDrawsOffset, false);
+  int32_t* source = In<int32_t>(SourceOffset(max_rows_), false);
+  for (const int32_t row : logits_rows) {
+    *source++ = row;
+    *draws++ = tokens[row].draw;
+  }
 
   // Tiles of rows of one sequence: for attention over the whole step, for scores within each batch.
   const auto tile = [&](int begin, int end, int most, auto&& emit) {

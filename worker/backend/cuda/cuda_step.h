@@ -16,6 +16,7 @@
 #include "kernels/append/append.h"
 #include "kernels/attend/attend.h"
 #include "kernels/resolve/resolve.h"
+#include "kernels/sample/draw.h"
 #include "kernels/select/select.h"
 #include "worker/backend/cuda/device_cache.h"
 #include "worker/backend/cuda/matmul.h"
@@ -72,16 +73,18 @@ struct CudaStepOptions {
   float replay_change = 0;
 };
 
-/// A token to process: row of DeviceCache, position, id.
+/// A token to process: row of DeviceCache, position, id, and how the one after it is drawn where
+/// that is wanted.
 struct StepToken {
   int32_t sequence = 0;
   int32_t position = 0;
   int32_t token = 0;
+  kernels::DrawParams draw = {};
 };
 
 /// What a step leaves on the host.
 struct StepOutput {
-  /// Greedy choices, one for each row that logits were asked for (decode: all).
+  /// The tokens drawn, one for each row that logits were asked for (decode: all).
   absl::Span<const int32_t> tokens;
   /// [rows]: records selected and loaded, layers and heads together; for a chunk at its first row.
   absl::Span<const int2> totals;

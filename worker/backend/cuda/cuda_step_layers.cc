@@ -34,7 +34,7 @@ absl::Status CudaStep::Begin(int rows, uint32_t stages) {
   NOSARA_STAGE(Stage::kInput, "loads",
                cudaMemsetAsync(num_loads_.data(), 0, num_loads_.bytes(), stream_));
   kernels::OpenBlocksParams open;
-  open.rows_info = In<StepRow>(kRowsOffset, true);
+  open.rows_info = In<StepRow>(RowsOffset(max_rows_), true);
   open.cache = cache_->view();
   open.step = In<uint32_t>(0, true);
   open.failures = output_.data() + FailuresOffset(max_rows_);
@@ -43,7 +43,7 @@ absl::Status CudaStep::Begin(int rows, uint32_t stages) {
   kernels::EmbedParams embed;
   embed.table = weights_->embedding.data();
   embed.tokens = In<int32_t>(TokensOffset(max_rows_), true);
-  embed.rows_info = In<StepRow>(kRowsOffset, true);
+  embed.rows_info = In<StepRow>(RowsOffset(max_rows_), true);
   embed.inverse_frequencies = inverse_frequencies_.data();
   embed.hidden = hidden_.data();
   embed.cosine = cosine_.data();
@@ -81,7 +81,7 @@ absl::Status CudaStep::BeginLayer(int index, int rows, kernels::AppendWindows up
   append.delta_bias = layer.delta_bias.data();
   append.cosine = cosine_.data();
   append.sine = sine_.data();
-  append.rows_info = In<StepRow>(kRowsOffset, true);
+  append.rows_info = In<StepRow>(RowsOffset(max_rows_), true);
   append.q = q_.data();
   append.cache = cache_->view();
   append.rows = rows;
@@ -106,7 +106,7 @@ absl::Status CudaStep::Select(int layer, const ScoreBatch& batch, const RowTile*
   const NosaConfig& nosa = model_.nosa;
   const int64_t first_pair = int64_t{batch.first_row} * model_.num_kv_heads;
   kernels::SelectParams select;
-  select.rows_info = In<StepRow>(kRowsOffset, true) + batch.first_row;
+  select.rows_info = In<StepRow>(RowsOffset(max_rows_), true) + batch.first_row;
   select.cache = cache_->view();
   select.logits = scores_.data();
   select.partials = score_partials_.data();
@@ -176,7 +176,7 @@ absl::Status CudaStep::Gather(int layer) {
 absl::Status CudaStep::AttendDecode(int layer, const Shape& shape, uint32_t stages,
                                     const FetchFunction& fetch) {
   kernels::ResolveParams resolve;
-  resolve.rows_info = In<StepRow>(kRowsOffset, true);
+  resolve.rows_info = In<StepRow>(RowsOffset(max_rows_), true);
   resolve.selected = selected_.data();
   resolve.count = selected_count_.data();
   resolve.cache = cache_->view();
@@ -222,7 +222,7 @@ absl::Status CudaStep::AttendDecode(int layer, const Shape& shape, uint32_t stag
 absl::Status CudaStep::AttendPrefill(int layer, int rows, int tiles, int blocks, Missing missing,
                                      const FetchFunction& fetch) {
   kernels::ResolveParams resolve;
-  resolve.rows_info = In<StepRow>(kRowsOffset, true);
+  resolve.rows_info = In<StepRow>(RowsOffset(max_rows_), true);
   resolve.selected = selected_.data();
   resolve.count = selected_count_.data();
   resolve.cache = cache_->view();
@@ -310,12 +310,13 @@ absl::Status CudaStep::Output(int rows, const int32_t* source, uint32_t stages) 
                                    logits_.data(), rows, model_.hidden_size, model_.vocab_size,
                                    stream_));
     }
-    kernels::ArgMaxParams arg_max;
-    arg_max.logits = logits_.data();
-    arg_max.token = output_.data();
-    arg_max.rows = rows;
-    arg_max.vocab = model_.vocab_size;
-    NOSARA_STAGE(Stage::kOutput, "sampling", kernels::LaunchArgMax(arg_max, stream_));
+    kernels::SampleParams sample;
+    sample.logits = logits_.data();
+    sample.draw = In<kernels::DrawParams>(kDrawsOffset, true);
+    sample.token = output_.data();
+    sample.rows = rows;
+    sample.vocab = model_.vocab_size;
+    NOSARA_STAGE(Stage::kOutput, "sampling", kernels::LaunchSample(sample, stream_));
   }
   NOSARA_STAGE(Stage::kOutput, "step output",
                cudaMemcpyAsync(host_output_.data(), output_.data(), output_.bytes(),

@@ -5,13 +5,15 @@
 #include <cstdint>
 
 #include "kernels/common/cache_view.h"
+#include "kernels/sample/draw.h"
 
 namespace nosara::worker::step_layout {
 
-// Offsets in the input: the stamp of the step, then arrays of max_rows.
-inline constexpr size_t kRowsOffset = 16;
+// Offsets in the input: the stamp of the step, then arrays of max_rows, the widest elements first.
+inline constexpr size_t kDrawsOffset = 16;
 
-inline size_t TokensOffset(int rows) { return kRowsOffset + rows * sizeof(kernels::StepRow); }
+inline size_t RowsOffset(int rows) { return kDrawsOffset + rows * sizeof(kernels::DrawParams); }
+inline size_t TokensOffset(int rows) { return RowsOffset(rows) + rows * sizeof(kernels::StepRow); }
 inline size_t ScoreTilesOffset(int rows) { return TokensOffset(rows) + rows * sizeof(int32_t); }
 inline size_t TilesOffset(int rows) {
   return ScoreTilesOffset(rows) + rows * sizeof(kernels::RowTile);
