@@ -9,10 +9,11 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
+constexpr int kBinsPerThread = kDrawBins / kThreads;
 
-/// The better of two candidates: the larger logit, then the smaller id.
+/// The better of two candidates: the smaller key, then the smaller id.
 __device__ inline void KeepBetter(float& best, int& id, float other, int other_id) {
-  if (other > best || (other == best && other_id < id)) {
+  if (other < best || (other == best && other_id < id)) {
     best = other;
     id = other_id;
   }
@@ -50,15 +51,30 @@ struct Drawer {
   const float* logits;
   int vocab;
   float largest = 0;
-  float temperature = 0;
+  float scale = 0;
   uint32_t limit = kNoGap - 1;  // of the gaps that are kept
-  uint64_t least = 1;           // of the weights that are kept
 
-  __device__ uint32_t Gap(int i) const { return DrawGap(largest, logits[i], temperature); }
-  __device__ uint64_t Weight(int i) const {
-    const uint32_t gap = Gap(i);
-    const uint64_t weight = gap <= limit ? DrawWeight(gap) : 0;
-    return weight >= least ? weight : 0;
+  __device__ uint32_t Gap(int i) const { return DrawGap(largest, logits[i], scale); }
+
+  /// The best candidate of all threads, to all threads.
+  __device__ void Reduce(float& best, int& id) {
+    const auto reduce_warp = [&] {
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) {
+        const float other = __shfl_xor_sync(kAllLanes, best, offset);
+        KeepBetter(best, id, other, __shfl_xor_sync(kAllLanes, id, offset));
+      }
+    };
+    reduce_warp();
+    __syncthreads();  // what was reduced before was read
+    if (threadIdx.x % 32 == 0) {
+      shared.bests[threadIdx.x / 32] = best;
+      shared.ids[threadIdx.x / 32] = id;
+    }
+    __syncthreads();
+    best = shared.bests[threadIdx.x % 32];
+    id = shared.ids[threadIdx.x % 32];
+    reduce_warp();
   }
 
   /// Sets `largest`; returns its smallest id. NaN never compares as greater; a row without any
@@ -73,70 +89,33 @@ struct Drawer {
         id = i;
       }
     }
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      KeepBetter(best, id, __shfl_xor_sync(kAllLanes, best, offset),
-                 __shfl_xor_sync(kAllLanes, id, offset));
-    }
-    if (threadIdx.x % 32 == 0) {
-      shared.bests[threadIdx.x / 32] = best;
-      shared.ids[threadIdx.x / 32] = id;
-    }
-    __syncthreads();
-    best = shared.bests[threadIdx.x % 32];
-    id = shared.ids[threadIdx.x % 32];
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      KeepBetter(best, id, __shfl_xor_sync(kAllLanes, best, offset),
-                 __shfl_xor_sync(kAllLanes, id, offset));
-    }
-    largest = best;
+    best = -best;
+    Reduce(best, id);
+    largest = -best;
     return id;
   }
 
-  /// Sum of `x` over the block.
-  __device__ uint64_t Sum(uint64_t x) {
-    x = WarpSum(x);
-    __syncthreads();  // the sums before were read
-    if (threadIdx.x % 32 == 0) shared.sums[threadIdx.x / 32] = x;
-    __syncthreads();
-    return WarpSum(shared.sums[threadIdx.x % 32]);
-  }
-
-  /// The bin at which the running sum of the bins reaches `needed`, which is left with what that
-  /// bin has to give; -1 where all of them have less.
-  __device__ int FindBin(uint64_t& needed) {
-    constexpr int kBinsPerThread = kDrawBins / kThreads;
-    const int first = threadIdx.x * kBinsPerThread;
-    uint64_t own = 0;
-#pragma unroll
-    for (int i = 0; i < kBinsPerThread; ++i) own += shared.bins[first + i];
-    const uint64_t prefix = WarpPrefix(own);
-    __syncthreads();  // the sums before were read
-    if (threadIdx.x % 32 == 31) shared.sums[threadIdx.x / 32] = prefix;
-    if (threadIdx.x == 0) shared.bin = -1;
-    __syncthreads();
+  /// Sum of the bins before the first of this thread; sets `total` to that of all.
+  __device__ uint64_t BinsBefore(uint64_t& total) {
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
-    uint64_t before = WarpSum(lane < warp ? shared.sums[lane] : uint64_t{0}) + prefix - own;
+    uint64_t own = 0;
 #pragma unroll
-    for (int i = 0; i < kBinsPerThread; ++i) {
-      const uint64_t here = shared.bins[first + i];
-      if (before < needed && needed <= before + here) {
-        shared.bin = first + i;
-        shared.before = before;
-      }
-      before += here;
-    }
+    for (int i = 0; i < kBinsPerThread; ++i) own += shared.bins[threadIdx.x * kBinsPerThread + i];
+    const uint64_t prefix = WarpPrefix(own);
+    if (lane == 31) shared.sums[warp] = prefix;
+    if (threadIdx.x == 0) shared.bin = -1;
     __syncthreads();
-    if (shared.bin >= 0) needed -= shared.before;
-    return shared.bin;
+    const uint64_t sum = shared.sums[lane];
+    total = WarpSum(sum);
+    return WarpSum(lane < warp ? sum : uint64_t{0}) + prefix - own;
   }
 
-  /// Lowers `limit` to the smallest gap up to which lies `needed` of the weight, or as many tokens.
-  template <bool weights>
-  __device__ void Cut(uint64_t needed) {
+  /// Lowers `limit` to the smallest gap up to which lie `top_k` tokens, or, where that is 0,
+  /// `top_p` of the weight.
+  __device__ void Cut(int top_k, float top_p) {
     uint32_t prefix = 0;  // the digits found so far
+    uint64_t left = 0;    // to be found
     for (int digit = 0; digit < kDrawDigits; ++digit) {
       const int shift = DrawDigitShift(digit);
       const int bits = DrawDigitBits(digit);
@@ -150,49 +129,51 @@ struct Drawer {
         if (weight == 0) continue;
         atomicAdd(
             reinterpret_cast<unsigned long long*>(&shared.bins[gap >> shift & ((1u << bits) - 1)]),
-            static_cast<unsigned long long>(weights ? weight : 1));
+            static_cast<unsigned long long>(top_k > 0 ? 1 : weight));
       }
       __syncthreads();
-      const int bin = FindBin(needed);
-      if (bin < 0) return;
-      prefix = prefix << bits | static_cast<uint32_t>(bin);
+      uint64_t total = 0;
+      uint64_t before = BinsBefore(total);
+      if (digit == 0) left = top_k > 0 ? top_k : DrawNeeded(top_p, total);
+#pragma unroll
+      for (int i = 0; i < kBinsPerThread; ++i) {
+        const int bin = threadIdx.x * kBinsPerThread + i;
+        if (before < left && left <= before + shared.bins[bin]) {
+          shared.bin = bin;
+          shared.before = before;
+        }
+        before += shared.bins[bin];
+      }
+      __syncthreads();
+      if (shared.bin < 0) return;
+      left -= shared.before;
+      prefix = prefix << bits | static_cast<uint32_t>(shared.bin);
     }
     limit = prefix;
   }
 
-  __device__ uint64_t Total() {
-    uint64_t sum = 0;
-    for (int i = threadIdx.x; i < vocab; i += kThreads) sum += Weight(i);
-    return Sum(sum);
-  }
-
-  /// The first id at which the running sum of the weights exceeds `uniform` times all of it: each
-  /// warp sums a part of the ids, then a part of the part that holds it.
-  __device__ int Draw(double uniform) {
-    const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32;
-    int begin = 0;
-    int end = vocab;
-    uint64_t target = 0;
-    for (bool first = true; first || end - begin > 32; first = false) {
-      const int part = ((end - begin + kWarps - 1) / kWarps + 31) / 32 * 32;
-      const int part_begin = begin + warp * part;
-      const int part_end = min(part_begin + part, end);
-      uint64_t sum = 0;
-      for (int i = part_begin + lane; i < part_end; i += 32) sum += Weight(i);
-      sum = WarpSum(sum);
-      __syncthreads();  // the sums before were read
-      if (lane == 0) shared.sums[warp] = sum;
-      __syncthreads();
-      const uint64_t running = WarpPrefix(shared.sums[lane]);
-      if (first) target = DrawTarget(uniform, __shfl_sync(kAllLanes, running, 31));
-      const int chosen = __ffs(__ballot_sync(kAllLanes, running > target)) - 1;
-      if (chosen > 0) target -= __shfl_sync(kAllLanes, running, chosen - 1);
-      begin += chosen * part;
-      end = min(begin + part, end);
+  /// The token of the smallest key; `best` has the largest logit.
+  __device__ int Draw(const DrawParams& draw, int best) {
+    const uint64_t least = DrawLeast(draw.min_p);
+    int token = best;
+    float smallest =
+        DrawKey(0, DrawVariate(DrawPhilox(draw.seed, draw.position, best / 4).bits[best % 4]));
+    for (int quad = threadIdx.x; 4 * quad < vocab; quad += kThreads) {
+      const DrawRandom random = DrawPhilox(draw.seed, draw.position, quad);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int i = 4 * quad + k;
+        if (i >= vocab) break;
+        const float variate = DrawVariate(random.bits[k]);
+        const uint32_t gap = Gap(i);
+        if (gap > limit || DrawKeyBound(gap, variate) > smallest || DrawWeight(gap) < least) {
+          continue;
+        }
+        KeepBetter(smallest, token, DrawKey(gap, variate), i);
+      }
     }
-    const uint64_t running = WarpPrefix(begin + lane < end ? Weight(begin + lane) : uint64_t{0});
-    return begin + __ffs(__ballot_sync(kAllLanes, running > target)) - 1;
+    Reduce(smallest, token);
+    return token;
   }
 };
 
@@ -203,11 +184,10 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(SampleParams p) {
   Drawer drawer{shared, p.logits + static_cast<int64_t>(blockIdx.x) * p.vocab, p.vocab};
   int token = drawer.ArgMax();
   if (!draw.Greedy() && isfinite(drawer.largest)) {
-    drawer.temperature = draw.temperature;
-    if (draw.top_k > 0) drawer.Cut<false>(draw.top_k);
-    if (draw.top_p < 1) drawer.Cut<true>(DrawNeeded(draw.top_p, drawer.Total()));
-    drawer.least = DrawLeast(draw.min_p);
-    token = drawer.Draw(draw.uniform);
+    drawer.scale = DrawScale(draw.temperature);
+    if (draw.top_k > 0) drawer.Cut(draw.top_k, 1);
+    if (draw.top_p < 1) drawer.Cut(0, draw.top_p);
+    token = drawer.Draw(draw, token);
   }
   if (threadIdx.x == 0) p.token[blockIdx.x] = token;
 }

@@ -10,8 +10,8 @@
 namespace nosara::kernels {
 
 /// token[r] = DrawToken(logits[r], draw[r]), bit for bit. Bytes: rows * vocab * 4 a pass: 1 for
-/// greedy rows, 2 at a temperature, 3 more with top_k, 4 more with top_p; all but the first come
-/// from the L2 cache.
+/// greedy rows, 2 at a temperature, 3 more for each of top_k and top_p; all but the first come from
+/// the L2 cache.
 struct SampleParams {
   const float* logits = nullptr;     // [rows, vocab]
   const DrawParams* draw = nullptr;  // [rows]

@@ -11,7 +11,7 @@ std::string BenchSample(Bench& bench) {
   const auto draws = [&](float temperature, int top_k, float top_p) {
     std::vector<DrawParams> draw(rows);
     for (DrawParams& one : draw) {
-      one.uniform = bench.random.Below(1 << 30) * 0x1p-30;
+      one.seed = bench.random.Next();
       one.temperature = temperature;
       one.top_k = top_k;
       one.top_p = top_p;

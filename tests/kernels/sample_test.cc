@@ -26,12 +26,11 @@ class SampleTest : public KernelTest {
     EXPECT_EQ(device_token.Download(), token);
   }
 
-  double Uniform() { return random_.Below(1 << 30) * 0x1p-30; }
-
   /// Any mixture of parameters.
   DrawParams AnyDraw() {
     DrawParams draw;
-    draw.uniform = random_.Chance(0.1) ? 1 - 0x1p-53 : random_.Chance(0.1) ? 0 : Uniform();
+    draw.seed = random_.Below(1 << 30) * uint64_t{0x123456789};
+    draw.position = random_.Below(1 << 20);
     const float temperatures[] = {0, 1e-6f, 0.3f, 1, 1.7f, 100};
     draw.temperature = temperatures[random_.Below(6)];
     const int top_ks[] = {0, 1, 2, 40, 1000, 1 << 30};

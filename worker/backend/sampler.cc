@@ -1,7 +1,6 @@
 #include "worker/backend/sampler.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 
@@ -12,20 +11,6 @@ namespace nosara::worker {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-std::array<uint32_t, 4> Philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53u} * counter[0];
-    const uint64_t product1 = uint64_t{0xCD9E8D57u} * counter[2];
-    counter = {static_cast<uint32_t>(product1 >> 32) ^ counter[1] ^ key[0],
-               static_cast<uint32_t>(product1),
-               static_cast<uint32_t>(product0 >> 32) ^ counter[3] ^ key[1],
-               static_cast<uint32_t>(product0)};
-    key[0] += 0x9E3779B9u;
-    key[1] += 0xBB67AE85u;
-  }
-  return counter;
-}
 
 void ApplyPenalties(absl::Span<float> logits, const SamplingParams& params,
                     absl::Span<const int32_t> history, size_t prompt_tokens) {
@@ -69,17 +54,10 @@ std::vector<Candidate> Best(absl::Span<const float> logits, size_t count) {
 
 }  // namespace
 
-double UniformAt(uint64_t seed, uint64_t position) {
-  const std::array<uint32_t, 4> random =
-      Philox({static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), 0, 0},
-             {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
-  const uint64_t bits = (static_cast<uint64_t>(random[0]) << 32) | random[1];
-  return static_cast<double>(bits >> 11) * 0x1p-53;
-}
-
 kernels::DrawParams SamplingParams::ToDraw(uint64_t position) const {
   kernels::DrawParams draw;
-  draw.uniform = UniformAt(seed, position);
+  draw.seed = seed;
+  draw.position = position;
   draw.temperature = temperature;
   draw.top_k = top_k;
   draw.top_p = top_p;

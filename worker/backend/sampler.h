@@ -39,11 +39,6 @@ struct SampledToken {
   std::vector<std::pair<int32_t, float>> top;
 };
 
-/// Uniform in [0, 1), from the counter-based generator Philox4x32-10 (Salmon et al., SC'11) with
-/// key `seed` and counter `position`. A pure function: a stream that goes on elsewhere goes on
-/// with the same numbers.
-double UniformAt(uint64_t seed, uint64_t position);
-
 /// Draws the token at absolute position `position` (prompt included).
 ///
 /// `logits`: [V] f32, used as scratch. `history`: prompt, then output, where
