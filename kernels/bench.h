@@ -222,6 +222,7 @@ std::string BenchResolve(Bench& bench);
 std::string BenchRmsNorm(Bench& bench);
 std::string BenchSample(Bench& bench);
 std::string BenchScore(Bench& bench);
+std::string BenchScoreSelect(Bench& bench);
 std::string BenchSelect(Bench& bench);
 std::string BenchSwiGlu(Bench& bench);
 std::string BenchWindows(Bench& bench);

@@ -198,10 +198,11 @@ struct Operation {
   std::string (*run)(Bench&);
 };
 constexpr Operation kOperations[] = {
-    {"rms_norm", BenchRmsNorm}, {"append", BenchAppend},   {"windows", BenchWindows},
-    {"score", BenchScore},      {"select", BenchSelect},   {"resolve", BenchResolve},
-    {"gather", BenchGather},    {"attend", BenchAttend},   {"swiglu", BenchSwiGlu},
-    {"sample", BenchSample},    {"prefill", BenchPrefill}, {"embed", BenchEmbed},
+    {"rms_norm", BenchRmsNorm}, {"append", BenchAppend}, {"windows", BenchWindows},
+    {"score", BenchScore},      {"select", BenchSelect}, {"score_select", BenchScoreSelect},
+    {"resolve", BenchResolve},  {"gather", BenchGather}, {"attend", BenchAttend},
+    {"swiglu", BenchSwiGlu},    {"sample", BenchSample}, {"prefill", BenchPrefill},
+    {"embed", BenchEmbed},
 };
 
 constexpr char kUsage[] =
@@ -210,8 +211,8 @@ constexpr char kUsage[] =
     "  --batch=64         sequences of a decode step\n"
     "  --context=16384    tokens of each, a multiple of 64, at least 8192\n"
     "  --memory-mib=2048  of the copies that measure the limits, and of the pages to gather from\n"
-    "  --kernel=NAME      only this one: rms_norm append windows score select resolve gather\n"
-    "                     attend swiglu sample prefill embed\n"
+    "  --kernel=NAME      only this one: rms_norm append windows score select score_select\n"
+    "                     resolve gather attend swiglu sample prefill embed\n"
     "  --json=FILE        also writes the figures there\n"
     "  --commit=ID        to note in that file\n"
     "\n"

@@ -16,27 +16,39 @@ __device__ inline void StartKernel() {
 }
 
 /// kernel<<<grid, block, shared, stream>>>(arguments), which may be set up while the kernel before
-/// it still runs. The kernel must begin with StartKernel(). Capturable.
+/// it still runs. The kernel must begin with StartKernel(). `cluster`: thread blocks, neighbours in
+/// x, that run together (Hopper; 1 elsewhere). Capturable.
 template <typename... Parameters, typename... Arguments>
-cudaError_t LaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
-                         cudaStream_t stream, const Arguments&... arguments) {
+cudaError_t LaunchClusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                           size_t shared, cudaStream_t stream, const Arguments&... arguments) {
   int device = 0;
   int major = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (status != cudaSuccess) return status;
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster;
+  attributes[1].val.clusterDim.y = 1;
+  attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = major < 9 ? 0 : cluster == 1 ? 1 : 2;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+/// The same without clusters.
+template <typename... Parameters, typename... Arguments>
+cudaError_t LaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                         cudaStream_t stream, const Arguments&... arguments) {
+  return LaunchClusters(1, kernel, grid, block, shared, stream, arguments...);
 }
 
 }  // namespace nosara::kernels

@@ -4,6 +4,7 @@
 #include "kernels/common/launch.cuh"
 #include "kernels/score/score.h"
 #include "kernels/select/select.h"
+#include "kernels/select/take_best.cuh"
 
 namespace nosara::kernels {
 namespace {
@@ -12,104 +13,14 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kChunkBlocks = 512;  // blocks whose window scores lie in shared memory at a time
 constexpr int kChunkWindows = 4 * kChunkBlocks;
-constexpr uint32_t kForced = 0xffffffffu;
-constexpr uint32_t kExcluded = 0;
-
-/// An integer of the same order as the score; NaN as -inf, -0 as 0. Between kExcluded and kForced.
-__device__ inline uint32_t OrderedKey(float score) {
-  if (isnan(score)) score = -INFINITY;
-  if (score == 0) score = 0;
-  const uint32_t bits = __float_as_uint(score);
-  return (bits & 0x80000000u) != 0 ? ~bits : (bits | 0x80000000u);
-}
 
 struct Shared {
   // Aligned, so that no vector load of them reaches into what others write.
   alignas(16) float most[kMaxGroup];         // M_g
   alignas(16) float inverse_sum[kMaxGroup];  // 1 / Z_g; 0 for padding heads
-  uint2 counts[2][kWarps];
+  TakeBestScratch<kThreads> best;
   float window_scores[kChunkWindows + 1];  // [0]: of the window before the chunk
 };
-
-/// Sums of three counts over the thread block, each below 65,536. `round` alternates between two
-/// buffers, so that one barrier a call is enough.
-struct Counts {
-  int low, middle, high;
-};
-__device__ inline Counts CountBlock(Shared& shared, int round, Counts own) {
-  const unsigned pair =
-      __reduce_add_sync(kAllLanes, static_cast<unsigned>(own.low | own.middle << 16));
-  const unsigned single = __reduce_add_sync(kAllLanes, static_cast<unsigned>(own.high));
-  if (threadIdx.x % 32 == 0) shared.counts[round & 1][threadIdx.x / 32] = {pair, single};
-  __syncthreads();
-  unsigned pairs = 0;
-  unsigned singles = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) {
-    pairs += shared.counts[round & 1][i].x;
-    singles += shared.counts[round & 1][i].y;
-  }
-  return {static_cast<int>(pairs & 0xffffu), static_cast<int>(pairs >> 16),
-          static_cast<int>(singles)};
-}
-
-/// Adds the `count` blocks of the largest keys to the bit set `taken`, the smaller block first
-/// among equals. Precondition: 1 <= count <= blocks with keys above kExcluded.
-__device__ void TakeBest(Shared& shared, const uint32_t* keys, int blocks, int count,
-                         uint32_t* taken) {
-  // The largest threshold that at least `count` keys reach, two bits at a time.
-  uint32_t threshold = 0;
-  for (int bit = 30; bit >= 0; bit -= 2) {
-    Counts reached = {0, 0, 0};
-    for (int n = threadIdx.x; n < blocks; n += kThreads) {
-      const uint32_t key = keys[n];
-      reached.low += key >= (threshold | 1u << bit) ? 1 : 0;
-      reached.middle += key >= (threshold | 2u << bit) ? 1 : 0;
-      reached.high += key >= (threshold | 3u << bit) ? 1 : 0;
-    }
-    reached = CountBlock(shared, bit >> 1, reached);
-    int now = -1;
-    if (reached.high >= count) {
-      threshold |= 3u << bit;
-      now = reached.high;
-    } else if (reached.middle >= count) {
-      threshold |= 2u << bit;
-      now = reached.middle;
-    } else if (reached.low >= count) {
-      threshold |= 1u << bit;
-      now = reached.low;
-    }
-    if (now == count) break;  // the same in all threads
-  }
-  __syncthreads();
-  int above = 0;
-  for (int n = threadIdx.x; n < blocks; n += kThreads) above += keys[n] > threshold ? 1 : 0;
-  int equals_left = count - CountBlock(shared, 0, {above, 0, 0}).low;
-
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  for (int first = 0, round = 1; first < blocks; first += kThreads, ++round) {
-    const int n = first + threadIdx.x;
-    const uint32_t key = n < blocks ? keys[n] : kExcluded;
-    const bool equal = n < blocks && key == threshold;
-    const uint32_t equals = __ballot_sync(kAllLanes, equal);
-    if (lane == 0) shared.counts[round & 1][warp].x = __popc(equals);
-    __syncthreads();
-    int before = __popc(equals & ((1u << lane) - 1));
-    int all = 0;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-      const int own = shared.counts[round & 1][i].x;
-      before += i < warp ? own : 0;
-      all += own;
-    }
-    const bool take = n < blocks && (key > threshold || (equal && before < equals_left));
-    const uint32_t bits = __ballot_sync(kAllLanes, take);
-    if (lane == 0 && first + warp * 32 < blocks) taken[first / 32 + warp] |= bits;
-    equals_left = max(0, equals_left - all);
-  }
-  __syncthreads();
-}
 
 /// Sum over the heads of the softmax weights of one window. `quads` = padded heads / 4.
 template <int quads>
@@ -172,24 +83,8 @@ __global__ void __launch_bounds__(kThreads) SelectKernel(SelectParams p) {
   const int by_query = min(p.numbers.query_blocks, total);
   if (by_query < total) {
     const int record = p.layer * p.num_kv_heads + head;
-    // Scores of windows from `window` on, within one index slot.
-    const auto scores = [&](int window) {
-      const std::byte* slot = p.cache.IndexSlot(info.sequence, record, window);
-      return reinterpret_cast<const float*>(slot + int64_t{2} * kIndexWindows * p.cache.head_dim) +
-             window % kIndexWindows;
-    };
     for (int n = threadIdx.x; n < blocks; n += kThreads) {
-      float best = -INFINITY;
-      if (n > 0 && 4 * n - 1 < visible) best = *scores(4 * n - 1);
-      if (4 * n < visible) {
-        // Four windows lie in one slot; what is not visible yet is memory all the same.
-        const float4 own = *reinterpret_cast<const float4*>(scores(4 * n));
-        best = fmaxf(best, own.x);
-        if (4 * n + 1 < visible) best = fmaxf(best, own.y);
-        if (4 * n + 2 < visible) best = fmaxf(best, own.z);
-        if (4 * n + 3 < visible) best = fmaxf(best, own.w);
-      }
-      importance[n] = OrderedKey(best);
+      importance[n] = ImportanceKey(p.cache, info.sequence, record, n, visible);
     }
   }
 
@@ -251,40 +146,17 @@ __global__ void __launch_bounds__(kThreads) SelectKernel(SelectParams p) {
     }
     __syncthreads();
   }
-  TakeBest(shared, keys, blocks, by_query, taken);
+  TakeBest(shared.best, keys, blocks, by_query, taken);
   if (by_query < total) {
     for (int n = threadIdx.x; n < blocks; n += kThreads) {
       keys[n] = (taken[n / 32] >> (n % 32) & 1u) != 0 ? kExcluded : importance[n];
     }
     __syncthreads();
-    TakeBest(shared, keys, blocks, total - by_query, taken);
+    TakeBest(shared.best, keys, blocks, total - by_query, taken);
   }
 
-  // Ascending: each block knows how many taken ones come before it.
-  uint32_t* before = keys;  // [words], the keys are done with
-  const int words = (blocks + 31) / 32;
-  if (warp == 0) {
-    int sum = 0;
-    for (int first = 0; first < words; first += 32) {
-      const int own = first + lane < words ? __popc(taken[first + lane]) : 0;
-      int inclusive = own;
-#pragma unroll
-      for (int offset = 1; offset < 32; offset *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, inclusive, offset);
-        inclusive += lane >= offset ? other : 0;
-      }
-      if (first + lane < words) before[first + lane] = sum + inclusive - own;
-      sum += __shfl_sync(kAllLanes, inclusive, 31);
-    }
-    if (lane == 0) p.count[pair] = sum;
-  }
-  __syncthreads();
-  for (int n = threadIdx.x; n < blocks; n += kThreads) {
-    const uint32_t word = taken[n / 32];
-    if ((word >> (n % 32) & 1u) != 0) {
-      out[before[n / 32] + __popc(word & ((1u << (n % 32)) - 1))] = n;
-    }
-  }
+  // The keys are done with.
+  WriteTaken<kThreads>(taken, blocks, keys, out, p.count + pair);
 }
 
 __global__ void ReplayKernel(ReplayParams p) {

@@ -43,8 +43,8 @@ float RoundingMargin(const std::vector<float>& S, const std::vector<int32_t>& ra
   const float cut = S[ranked[taken - 1]];
   const float margin = Margin(cut, S[ranked[taken]]);
   if (margin > 0) return margin;
-  const auto begin = std::find_if(ranked.begin(), ranked.end(),
-                                  [&](int32_t n) { return S[n] == cut; });
+  const auto begin =
+      std::find_if(ranked.begin(), ranked.end(), [&](int32_t n) { return S[n] == cut; });
   const auto end = std::find_if(begin, ranked.end(), [&](int32_t n) { return S[n] != cut; });
   if (end - begin != 2 || begin[1] != begin[0] + 1) return 0;
   const float above = begin == ranked.begin() ? kInfinity : Margin(S[begin[-1]], cut);

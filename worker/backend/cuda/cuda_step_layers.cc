@@ -9,6 +9,7 @@
 #include "kernels/rms_norm/rms_norm.h"
 #include "kernels/sample/sample.h"
 #include "kernels/score/score.h"
+#include "kernels/score_select/score_select.h"
 #include "kernels/swiglu/swiglu.h"
 #include "kernels/windows/windows.h"
 #include "worker/backend/cuda/cuda_step.h"
@@ -24,6 +25,29 @@ using kernels::StepRow;
   if ((stages >> static_cast<int>(stage) & 1u) != 0) { \
     RETURN_IF_ERROR(CudaStatus((launch), what));       \
   }
+
+namespace {
+
+/// The same selection, to be made in one launch.
+kernels::ScoreSelectParams ScoreSelect(const kernels::SelectParams& select,
+                                       const __nv_bfloat16* q) {
+  kernels::ScoreSelectParams both;
+  both.q = q;
+  both.rows_info = select.rows_info;
+  both.cache = select.cache;
+  both.selected = select.selected;
+  both.count = select.count;
+  both.numbers = select.numbers;
+  both.rows = select.rows;
+  both.num_heads = select.num_heads;
+  both.num_kv_heads = select.num_kv_heads;
+  both.layer = select.layer;
+  both.max_selected = select.max_selected;
+  both.max_blocks = select.max_blocks;
+  return both;
+}
+
+}  // namespace
 
 absl::Status CudaStep::Begin(int rows, uint32_t stages) {
   NOSARA_STAGE(Stage::kInput, "step input",
@@ -128,21 +152,28 @@ absl::Status CudaStep::Select(int layer, const ScoreBatch& batch, const RowTile*
     NOSARA_STAGE(Stage::kSelect, "selection", kernels::LaunchSelectAll(select, stream_));
     return absl::OkStatus();
   }
-  kernels::ScoreParams score;
-  score.q = q_.data() + int64_t{batch.first_row} * model_.num_heads * model_.head_dim;
-  score.rows_info = select.rows_info;
-  score.tiles = tiles;
-  score.cache = select.cache;
-  score.logits = scores_.data();
-  score.partials = score_partials_.data();
-  score.num_tiles = batch.tiles;
-  score.num_heads = model_.num_heads;
-  score.num_kv_heads = model_.num_kv_heads;
-  score.layer = layer;
-  score.max_windows = select.max_windows;
-  score.dense_blocks = nosa.topk_blocks;
-  NOSARA_STAGE(Stage::kScore, "scores", kernels::LaunchScore(score, stream_));
-  NOSARA_STAGE(Stage::kSelect, "selection", kernels::LaunchSelect(select, stream_));
+  const __nv_bfloat16* q =
+      q_.data() + int64_t{batch.first_row} * model_.num_heads * model_.head_dim;
+  const kernels::ScoreSelectParams both = ScoreSelect(select, q);
+  if (tiles == nullptr && kernels::CanScoreSelect(both)) {
+    NOSARA_STAGE(Stage::kScore, "scores and selection", kernels::LaunchScoreSelect(both, stream_));
+  } else {
+    kernels::ScoreParams score;
+    score.q = q;
+    score.rows_info = select.rows_info;
+    score.tiles = tiles;
+    score.cache = select.cache;
+    score.logits = scores_.data();
+    score.partials = score_partials_.data();
+    score.num_tiles = batch.tiles;
+    score.num_heads = model_.num_heads;
+    score.num_kv_heads = model_.num_kv_heads;
+    score.layer = layer;
+    score.max_windows = select.max_windows;
+    score.dense_blocks = nosa.topk_blocks;
+    NOSARA_STAGE(Stage::kScore, "scores", kernels::LaunchScore(score, stream_));
+    NOSARA_STAGE(Stage::kSelect, "selection", kernels::LaunchSelect(select, stream_));
+  }
   if (options_.replay_rings != nullptr) {
     kernels::ReplayParams replay;
     replay.rows_info = select.rows_info;
