@@ -35,12 +35,14 @@ struct Ranks {
     return 0;
 #endif
   }
-  __device__ static void Sync() {
+  __device__ static void Sync(int ranks) {
 #if __CUDA_ARCH__ >= 900
-    cooperative_groups::this_cluster().sync();
-#else
-    __syncthreads();
+    if (ranks > 1) {
+      cooperative_groups::this_cluster().sync();
+      return;
+    }
 #endif
+    __syncthreads();
   }
   /// The same place in the shared memory of another one.
   template <typename T>
@@ -61,36 +63,42 @@ __device__ inline uint4 LoadOnce(const void* from) {
   return value;
 }
 
+__device__ inline float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 template <int dim, int heads>
 struct Shared {
-  // The second operand of MultiplyAdd, as lanes take it: see ScoreSelectKernel.
-  uint4 q[dim / 32][heads / 8][32];
-  float warp_most[kWarps][heads];
-  float warp_sum[kWarps][heads];
-  float2 own[heads];             // (max, sum of exp) of this thread block's windows
+  uint4 q[dim / 32][2][32];      // the first operand of MultiplyAdd, as lanes take it
+  float2 own[heads];             // (max, sum of 2^) of this thread block's windows
   float2 all[kMaxRanks][heads];  // of each thread block of the cluster
-  float factor[heads];           // from exp(l - own max) to exp(l - max) / sum
+  float2 total[heads];           // (max, 1 / sum) of all
   uint32_t edge[kMaxRanks];      // in rank 0: key of the last window of the rank before
   TakeBestScratch<kThreads> best;
 };
 
-/// Row length of the logits in shared memory; the first of the padding has the window's score.
+/// Row length of the weights in shared memory; the first of the padding has the window's score.
 template <int heads>
 constexpr int kPitch = heads + 4;
 
-/// Grid: (ranks, KV heads, rows). Products of keys [16 windows, 16 dimensions] and queries: which
-/// 16 of the D dimensions a product takes is free as long as both operands agree, so that a lane
-/// loads 8 dimensions at a time, 32 j + 8 (lane % 4) and on, and uses them for two products.
+/// Grid: (ranks, KV heads, rows). A warp takes tiles of 16 windows: products of queries [16 heads,
+/// 16 dimensions] and keys [16 dimensions, 8 windows]. Which 16 of the D dimensions a product takes
+/// is free as long as both operands agree, so that a lane loads 8 dimensions of a key at a time, 32
+/// j + 8 (lane % 4) and on, and uses them for two products. Logits are in units of ln 2. What stays
+/// of a tile are its weights 2^(l - max) and for each head the maximum and the sum.
 template <int dim, int heads>
 __global__ void __launch_bounds__(kThreads, 2)
     ScoreSelectKernel(ScoreSelectParams p, float scale, int capacity) {
   StartKernel();
-  constexpr int kEights = heads / 8;
   constexpr int kChunks = dim / 32;
+  constexpr int kHalves = heads / 8;
   constexpr int pitch = kPitch<heads>;
   __shared__ Shared<dim, heads> shared;
-  extern __shared__ __align__(16) float logits[];  // [capacity, pitch]
-  uint32_t* keys = reinterpret_cast<uint32_t*>(logits + static_cast<int64_t>(capacity) * pitch);
+  extern __shared__ __align__(16) float weights[];  // [capacity, pitch]
+  float2* tiles = reinterpret_cast<float2*>(weights + static_cast<int64_t>(capacity) * pitch);
+  uint32_t* keys = reinterpret_cast<uint32_t*>(tiles + capacity / kWarpWindows * heads);
   uint32_t* importance = keys + p.max_blocks;
   uint32_t* taken = importance + p.max_blocks;  // bit set of blocks
 
@@ -126,107 +134,116 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int block_begin = min(rank * share / 4, blocks);
   const int block_end = rank == ranks - 1 ? blocks : min((rank + 1) * share / 4, blocks);
 
-  for (int i = threadIdx.x; i < kChunks * kEights * 32; i += kThreads) {
-    const int g = i / 32 % kEights * 8 + i % 32 / 4;
-    const int d = i / 32 / kEights * 32 + i % 4 * 8;
-    shared.q[i / 32 / kEights][i / 32 % kEights][i % 32] =
-        g < group
-            ? *reinterpret_cast<const uint4*>(
-                  p.q + (static_cast<int64_t>(row) * p.num_heads + head * group + g) * dim + d)
-            : uint4{};
-  }
+  // Keys of a tile, which lies in one slot; what is not visible is memory all the same.
+  uint4 keys_of[2][kChunks];  // windows lane / 4 and + 8
+  const auto place = [&](int first) {
+    return p.cache.IndexSlot(info.sequence, record, begin + first) +
+           ((begin + first) % kIndexWindows + lane / 4) * (2 * dim) + 16 * (lane % 4);
+  };
+  const auto load = [&](const std::byte* at) {
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+#pragma unroll
+      for (int j = 0; j < kChunks; ++j) keys_of[t][j] = LoadOnce(at + 8 * t * (2 * dim) + 64 * j);
+    }
+  };
+  constexpr int kStep = kWarps * kWarpWindows;
+  int first = warp * kWarpWindows;
+  if (first < count) load(place(first));
+  const std::byte* next = first + kStep < count ? place(first + kStep) : nullptr;
   // Importance needs nothing but memory.
   const int by_query = min(p.numbers.query_blocks, p.numbers.topk_blocks);
   const bool by_importance = by_query < p.numbers.topk_blocks;
-  if (by_importance) {
-    for (int n = block_begin + threadIdx.x; n < block_end; n += kThreads) {
-      importance[n] = ImportanceKey(p.cache, info.sequence, record, n, visible);
-    }
+  Importance first_importance;
+  if (by_importance && block_begin + static_cast<int>(threadIdx.x) < block_end) {
+    first_importance =
+        LoadImportance(p.cache, info.sequence, record, block_begin + threadIdx.x, visible);
+  }
+
+  for (int i = threadIdx.x; i < kChunks * 2 * 32; i += kThreads) {
+    const int d = i / 64 * 32 + i % 4 * 8 + i / 32 % 2 * 4;
+    const auto query = [&](int g) {
+      return g < group
+                 ? *reinterpret_cast<const uint2*>(
+                       p.q + (static_cast<int64_t>(row) * p.num_heads + head * group + g) * dim + d)
+                 : uint2{};
+    };
+    const uint2 low = query(i % 32 / 4);
+    const uint2 high = query(i % 32 / 4 + 8);
+    shared.q[i / 64][i / 32 % 2][i % 32] = {low.x, high.x, low.y, high.y};
   }
   for (int i = threadIdx.x; i < (blocks + 31) / 32; i += kThreads) taken[i] = 0;
   __syncthreads();
 
-  // Logits, and the largest ones of each head that the lane has: windows lane / 4 and + 8 of a
-  // tile, heads 2 (lane % 4) and the next of each eight.
-  float most[kEights][2];
-#pragma unroll
-  for (int e = 0; e < kEights; ++e) most[e][0] = most[e][1] = -INFINITY;
-  for (int first = warp * kWarpWindows; first < count; first += kWarps * kWarpWindows) {
-    // A tile lies in one slot. What is not visible is memory all the same.
-    const int window = begin + first;
-    const std::byte* at = p.cache.IndexSlot(info.sequence, record, window) +
-                          (window % kIndexWindows + lane / 4) * (2 * dim) + 16 * (lane % 4);
-    uint4 low[kChunks], high[kChunks];
+  for (; first < count; first += kStep) {
+    // Heads lane / 4 and + 8, windows 2 (lane % 4) and the next of each half of the tile.
+    float scores[2][4] = {};
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
-      low[j] = LoadOnce(at + 64 * j);
-      high[j] = LoadOnce(at + 8 * (2 * dim) + 64 * j);
-    }
-    float scores[kEights][4] = {};
 #pragma unroll
-    for (int j = 0; j < kChunks; ++j) {
-      const uint32_t first_keys[4] = {low[j].x, high[j].x, low[j].y, high[j].y};
-      const uint32_t other_keys[4] = {low[j].z, high[j].z, low[j].w, high[j].w};
+      for (int s = 0; s < 2; ++s) {
+        const uint4 q = shared.q[j][s][lane];
+        const uint32_t a[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
-      for (int e = 0; e < kEights; ++e) {
-        const uint4 q = shared.q[j][e][lane];
-        MultiplyAdd(scores[e], first_keys, q.x, q.y);
-        MultiplyAdd(scores[e], other_keys, q.z, q.w);
+        for (int t = 0; t < 2; ++t) {
+          const uint4& key = keys_of[t][j];
+          MultiplyAdd(scores[t], a, s == 0 ? key.x : key.z, s == 0 ? key.y : key.w);
+        }
       }
     }
+    if (next != nullptr) load(next);
+    next = first + 2 * kStep < count ? place(first + 2 * kStep) : nullptr;
+
+    const int left = count - first - 2 * (lane % 4);
+    float2* stats = tiles + first / kWarpWindows * heads + lane / 4;
+    float* to = weights + (first + 2 * (lane % 4)) * pitch + lane / 4;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int w = first + half * 8 + lane / 4;
-      if (w >= count) continue;
+    for (int half = 0; half < kHalves; ++half) {
+      float l[4];
 #pragma unroll
-      for (int e = 0; e < kEights; ++e) {
-        const float a = scores[e][2 * half] * scale;
-        const float b = scores[e][2 * half + 1] * scale;
-        *reinterpret_cast<float2*>(logits + w * pitch + 8 * e + 2 * (lane % 4)) = {a, b};
-        most[e][0] = fmaxf(most[e][0], a);
-        most[e][1] = fmaxf(most[e][1], b);
+      for (int i = 0; i < 4; ++i) {
+        l[i] = i / 2 * 8 + i % 2 < left ? scores[i / 2][2 * half + i % 2] : -INFINITY;
       }
+      float most = fmaxf(fmaxf(l[0], l[1]), fmaxf(l[2], l[3]));
+      most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2)) * scale;
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        l[i] = Exp2(fmaf(l[i], scale, -most));
+        sum += l[i];
+        to[(i / 2 * 8 + i % 2) * pitch + 8 * half] = l[i];
+      }
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+      if (lane % 4 == 0) stats[8 * half] = {most, sum};
     }
   }
-#pragma unroll
-  for (int e = 0; e < kEights; ++e) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int offset = 4; offset < 32; offset *= 2) {
-        most[e][i] = fmaxf(most[e][i], __shfl_xor_sync(kAllLanes, most[e][i], offset));
+  if (by_importance) {
+    for (int n = block_begin + threadIdx.x; n < block_end; n += kThreads) {
+      if (n >= block_begin + kThreads) {
+        first_importance = LoadImportance(p.cache, info.sequence, record, n, visible);
       }
-      if (lane < 4) shared.warp_most[warp][8 * e + 2 * lane + i] = most[e][i];
+      importance[n] = ImportanceKey(first_importance, n, visible);
     }
   }
   __syncthreads();
 
-  // exp(l - max) in place, and its sum: a thread has one head.
-  {
-    const int g = threadIdx.x % heads;
-    float largest = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) largest = fmaxf(largest, shared.warp_most[i][g]);
+  // (max, sum) of each head, here and in the cluster: a warp a head.
+  const int num_tiles = (count + kWarpWindows - 1) / kWarpWindows;
+  if (warp < heads) {
+    float most = -INFINITY;
+    for (int t = lane; t < num_tiles; t += 32) most = fmaxf(most, tiles[t * heads + warp].x);
+    most = WarpMax(most);
     float sum = 0;
-    for (int w = threadIdx.x / heads; w < count; w += kThreads / heads) {
-      const float weight = __expf(logits[w * pitch + g] - largest);
-      logits[w * pitch + g] = weight;
-      sum += weight;
+    for (int t = lane; t < num_tiles; t += 32) {
+      const float2 part = tiles[t * heads + warp];
+      sum += part.y * Exp2(part.x - most);
     }
-#pragma unroll
-    for (int offset = heads; offset < 32; offset *= 2) {
-      sum += __shfl_xor_sync(kAllLanes, sum, offset);
-    }
-    if (lane < heads) shared.warp_sum[warp][lane] = sum;
-    __syncthreads();
-    if (threadIdx.x < heads) {
-      float all = 0;
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) all += shared.warp_sum[i][g];
-      shared.own[g] = {largest, all};
-    }
+    sum = WarpSum(sum);
+    if (lane == 0) shared.own[warp] = {most, sum};
   }
-  Ranks::Sync();
+  Ranks::Sync(ranks);
   if (static_cast<int>(threadIdx.x) < ranks * heads) {
     const int from = threadIdx.x / heads;
     const int g = threadIdx.x % heads;
@@ -235,32 +252,39 @@ __global__ void __launch_bounds__(kThreads, 2)
   __syncthreads();
   if (threadIdx.x < heads) {
     const int g = threadIdx.x;
-    float largest = -INFINITY;
-    for (int r = 0; r < ranks; ++r) largest = fmaxf(largest, shared.all[r][g].x);
+    float most = -INFINITY;
+    for (int r = 0; r < ranks; ++r) most = fmaxf(most, shared.all[r][g].x);
     float sum = 0;
     for (int r = 0; r < ranks; ++r) {
       const float2 part = shared.all[r][g];
-      if (part.x != -INFINITY) sum += part.y * __expf(part.x - largest);
+      if (part.x != -INFINITY) sum += part.y * Exp2(part.x - most);
     }
-    const float own = shared.own[g].x;
-    shared.factor[g] = g < group && own != -INFINITY ? __expf(own - largest) / sum : 0.0f;
+    shared.total[g] = {most, g < group ? 1.0f / sum : 0.0f};
+  }
+  __syncthreads();
+  // From weights of a tile to parts of the sum of all: over the tile's maximum.
+  for (int i = threadIdx.x; i < num_tiles * heads; i += kThreads) {
+    const float2 total = shared.total[i % heads];
+    tiles[i].x = Exp2(tiles[i].x - total.x) * total.y;
   }
   __syncthreads();
 
   // Scores of windows, then of blocks, into rank 0.
   for (int w = threadIdx.x; w < count; w += kThreads) {
-    float* weights = logits + w * pitch;
+    float* of_window = weights + w * pitch;
+    const float4* factors = reinterpret_cast<const float4*>(tiles + w / kWarpWindows * heads);
     float score = 0;
 #pragma unroll
     for (int g = 0; g < heads; g += 4) {
-      const float4 x = *reinterpret_cast<const float4*>(weights + g);
-      score += x.x * shared.factor[g] + x.y * shared.factor[g + 1] + x.z * shared.factor[g + 2] +
-               x.w * shared.factor[g + 3];
+      const float4 x = *reinterpret_cast<const float4*>(of_window + g);
+      const float4 f0 = factors[g / 2];
+      const float4 f1 = factors[g / 2 + 1];
+      score += x.x * f0.x + x.y * f0.z + x.z * f1.x + x.w * f1.z;
     }
-    weights[heads] = score;
+    of_window[heads] = score;
   }
   __syncthreads();
-  const auto window_score = [&](int window) { return logits[(window - begin) * pitch + heads]; };
+  const auto window_score = [&](int window) { return weights[(window - begin) * pitch + heads]; };
   for (int n = block_begin + threadIdx.x; n < block_end; n += kThreads) {
     float best = -INFINITY;
 #pragma unroll
@@ -277,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     *Ranks::Of(shared.edge + rank + 1, 0) =
         OrderedKey(count == share ? window_score(begin + count - 1) : -INFINITY);
   }
-  Ranks::Sync();
+  Ranks::Sync(ranks);
   if (rank > 0) return;
   if (threadIdx.x > 0 && static_cast<int>(threadIdx.x) < ranks) {
     const int n = threadIdx.x * share / 4;
@@ -313,30 +337,31 @@ Plan MakePlan(const ScoreSelectParams& p) {
   if (group > 16) return {};
   int device = 0;
   int major = 0;
-  int multiprocessors = 0;
+  int most = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) !=
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
           cudaSuccess) {
     return {};
   }
-  // Two thread blocks a multiprocessor, by threads and, where it can be, by shared memory.
-  constexpr size_t kWanted = 96 << 10;
-  constexpr size_t kMost = 200 << 10;
+  constexpr size_t kStatic = 12 << 10;  // no less than Shared
+  static_assert(sizeof(Shared<128, 16>) <= kStatic);
+  // Measured: two thread blocks of one cluster do best, also where each has a multiprocessor of its
+  // own; few rows want more of them.
+  constexpr int kEnough = 64;
   const int pitch = (group > 8 ? kPitch<16> : kPitch<8>);
-  for (const size_t most : {kWanted, kMost}) {
-    for (int ranks = 1; ranks <= (major >= 9 ? kMaxRanks : 1); ranks *= 2) {
-      Plan plan;
-      plan.ranks = ranks;
-      plan.capacity = ((4 * p.max_blocks + ranks - 1) / ranks + kDealt - 1) / kDealt * kDealt;
-      plan.shared = sizeof(float) * plan.capacity * pitch +
-                    sizeof(uint32_t) * (2 * p.max_blocks + (p.max_blocks + 31) / 32);
-      const bool last = ranks == kMaxRanks || major < 9;
-      // Few rows: more thread blocks, as long as each has a tile for each of its warps.
-      const bool enough = p.rows * p.num_kv_heads * ranks >= multiprocessors ||
-                          plan.capacity <= kWarps * kWarpWindows || last;
-      if (plan.shared <= most && enough) return plan;
-    }
+  const int first = major >= 9 ? 2 : 1;
+  const int last = major >= 9 ? kMaxRanks : 1;
+  for (int ranks = first; ranks <= last; ranks *= 2) {
+    Plan plan;
+    plan.ranks = ranks;
+    plan.capacity = ((4 * p.max_blocks + ranks - 1) / ranks + kDealt - 1) / kDealt * kDealt;
+    plan.shared = sizeof(float) * plan.capacity * pitch +
+                  sizeof(float2) * plan.capacity / kWarpWindows * (pitch - 4) +
+                  sizeof(uint32_t) * (2 * p.max_blocks + (p.max_blocks + 31) / 32);
+    const bool enough = p.rows * p.num_kv_heads * ranks >= kEnough ||
+                        plan.capacity <= kWarps * kWarpWindows || ranks == last;
+    if (plan.shared + kStatic <= static_cast<size_t>(most) && enough) return plan;
   }
   return {};
 }
@@ -349,7 +374,8 @@ cudaError_t Launch(const ScoreSelectParams& params, const Plan& plan, cudaStream
   if (status != cudaSuccess) return status;
   return LaunchClusters(plan.ranks, ScoreSelectKernel<dim, heads>,
                         dim3(plan.ranks, params.num_kv_heads, params.rows), kThreads, plan.shared,
-                        stream, params, 1.0f / std::sqrt(float{dim}), plan.capacity);
+                        stream, params, std::log2(std::exp(1.0f)) / std::sqrt(float{dim}),
+                        plan.capacity);
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ struct ScoreSelectParams {
 };
 
 /// Whether the current device can: head_dim 64 or 128, G up to 16, and windows that fit the shared
-/// memory of a cluster: up to 32K tokens before Hopper, 256K there.
+/// memory of a cluster: some 250,000 tokens on Hopper.
 bool CanScoreSelect(const ScoreSelectParams& params);
 
 /// cudaErrorInvalidValue unless CanScoreSelect(). Capturable.

@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(kThreads) SelectKernel(SelectParams p) {
   if (by_query < total) {
     const int record = p.layer * p.num_kv_heads + head;
     for (int n = threadIdx.x; n < blocks; n += kThreads) {
-      importance[n] = ImportanceKey(p.cache, info.sequence, record, n, visible);
+      importance[n] =
+          ImportanceKey(LoadImportance(p.cache, info.sequence, record, n, visible), n, visible);
     }
   }
 

@@ -23,6 +23,8 @@ struct TakeBestScratch {
   static constexpr int kWarps = threads / 32;
   alignas(16) uint32_t bins[4][256];
   int equals[2][kWarps];
+  uint32_t threshold;
+  int equals_left;
 };
 
 /// Adds the `count` blocks of the largest keys to the bit set `taken`, the smaller block first
@@ -35,11 +37,12 @@ __device__ void TakeBest(TakeBestScratch<threads>& scratch, const uint32_t* keys
   const int warp = threadIdx.x / 32;
   for (int i = threadIdx.x; i < 4 * 256; i += threads) scratch.bins[i / 256][i % 256] = 0;
   __syncthreads();
-  // The count-th largest key, eight bits at a time; every warp finds it for itself.
+  // The count-th largest key, eight bits at a time, by the first warp.
   uint32_t threshold = 0;
   int equals_left = count;  // to take, of those that share the bits found so far
   for (int digit = 0; digit < 4; ++digit) {
     const int shift = 24 - 8 * digit;
+#pragma unroll 1
     for (int n = threadIdx.x; n < blocks; n += threads) {
       const uint32_t key = keys[n];
       if (digit == 0 || (key >> shift >> 8) == threshold) {
@@ -47,45 +50,42 @@ __device__ void TakeBest(TakeBestScratch<threads>& scratch, const uint32_t* keys
       }
     }
     __syncthreads();
-    // Eight bins a lane, the largest in lane 0.
-    uint32_t bins[8];
-    *reinterpret_cast<uint4*>(bins) =
-        *reinterpret_cast<const uint4*>(&scratch.bins[digit][248 - 8 * lane]);
-    *reinterpret_cast<uint4*>(bins + 4) =
-        *reinterpret_cast<const uint4*>(&scratch.bins[digit][252 - 8 * lane]);
-    int own = 0;
+    if (warp == 0) {
+      // Eight bins a lane, the largest in lane 0.
+      uint32_t bins[8];
+      *reinterpret_cast<uint4*>(bins) =
+          *reinterpret_cast<const uint4*>(&scratch.bins[digit][248 - 8 * lane]);
+      *reinterpret_cast<uint4*>(bins + 4) =
+          *reinterpret_cast<const uint4*>(&scratch.bins[digit][252 - 8 * lane]);
+      int own = 0;
 #pragma unroll
-    for (int k = 0; k < 8; ++k) own += static_cast<int>(bins[k]);
-    int up_to = own;
+      for (int k = 0; k < 8; ++k) own += static_cast<int>(bins[k]);
+      int up_to = own;
 #pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, up_to, offset);
-      up_to += lane >= offset ? other : 0;
-    }
-    const bool here = up_to - own < equals_left && equals_left <= up_to;
-    int left = equals_left - (up_to - own);
-    int bin = -1;
-    int in_bin = 0;
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const int other = __shfl_up_sync(kAllLanes, up_to, offset);
+        up_to += lane >= offset ? other : 0;
+      }
+      int left = equals_left - (up_to - own);
+      if (left > 0 && left <= own) {
 #pragma unroll
-    for (int k = 7; k >= 0; --k) {
-      if (bin < 0) {
-        in_bin = static_cast<int>(bins[k]);
-        if (left <= in_bin) {
-          bin = 248 - 8 * lane + k;
-        } else {
+        for (int k = 7; k >= 0; --k) {
+          const int in_bin = static_cast<int>(bins[k]);
+          if (left > 0 && left <= in_bin) {
+            // All that share these bits are taken: the rest of them does not matter.
+            const bool all = left == in_bin;
+            const uint32_t found = threshold << 8 | static_cast<uint32_t>(248 - 8 * lane + k);
+            scratch.threshold = all ? found << shift : found;
+            scratch.equals_left = all ? INT_MAX : left;
+          }
           left -= in_bin;
         }
       }
     }
-    const int from = __ffs(__ballot_sync(kAllLanes, here)) - 1;
-    threshold = threshold << 8 | static_cast<uint32_t>(__shfl_sync(kAllLanes, bin, from));
-    equals_left = __shfl_sync(kAllLanes, left, from);
-    if (equals_left == __shfl_sync(kAllLanes, in_bin, from)) {
-      // All that share these bits are taken: the rest of them does not matter.
-      threshold <<= shift;
-      equals_left = INT_MAX;
-      break;
-    }
+    __syncthreads();
+    threshold = scratch.threshold;
+    equals_left = scratch.equals_left;
+    if (equals_left == INT_MAX) break;
   }
 
   for (int first = 0, round = 0; first < blocks; first += threads, ++round) {
@@ -145,24 +145,30 @@ __device__ void WriteTaken(const uint32_t* taken, int blocks, uint32_t* before, 
   }
 }
 
-/// max e[w] over the visible windows that overlap block n, as a key.
-__device__ inline uint32_t ImportanceKey(const CacheView& cache, int sequence, int record, int n,
-                                         int visible) {
+/// The scores e of the windows that overlap a block, on their way from memory.
+struct Importance {
+  float before;  // of window 4n - 1
+  float4 own;    // of windows 4n to 4n + 3
+};
+__device__ inline Importance LoadImportance(const CacheView& cache, int sequence, int record, int n,
+                                            int visible) {
   const auto scores = [&](int window) {
     const std::byte* slot = cache.IndexSlot(sequence, record, window);
     return reinterpret_cast<const float*>(slot + int64_t{2} * kIndexWindows * cache.head_dim) +
            window % kIndexWindows;
   };
-  float best = -INFINITY;
-  if (n > 0 && 4 * n - 1 < visible) best = *scores(4 * n - 1);
-  if (4 * n < visible) {
-    // Four windows lie in one slot; what is not visible yet is memory all the same.
-    const float4 own = *reinterpret_cast<const float4*>(scores(4 * n));
-    best = fmaxf(best, own.x);
-    if (4 * n + 1 < visible) best = fmaxf(best, own.y);
-    if (4 * n + 2 < visible) best = fmaxf(best, own.z);
-    if (4 * n + 3 < visible) best = fmaxf(best, own.w);
-  }
+  Importance scores_of = {-INFINITY, {-INFINITY, -INFINITY, -INFINITY, -INFINITY}};
+  if (n > 0 && 4 * n - 1 < visible) scores_of.before = *scores(4 * n - 1);
+  // Four windows lie in one slot; what is not visible yet is memory all the same.
+  if (4 * n < visible) scores_of.own = *reinterpret_cast<const float4*>(scores(4 * n));
+  return scores_of;
+}
+/// The largest of those that are visible, as a key.
+__device__ inline uint32_t ImportanceKey(const Importance& e, int n, int visible) {
+  float best = fmaxf(e.before, e.own.x);
+  if (4 * n + 1 < visible) best = fmaxf(best, e.own.y);
+  if (4 * n + 2 < visible) best = fmaxf(best, e.own.z);
+  if (4 * n + 3 < visible) best = fmaxf(best, e.own.w);
   return OrderedKey(best);
 }
 

@@ -158,7 +158,7 @@ TEST_F(ScoreSelectTest, EveryNumberOfWindowsAroundTheSharesOfACluster) {
 }
 
 TEST_F(ScoreSelectTest, LongSequences) {
-  Check({128, 16, 1}, SelectionNumbers{}, {66000, 200000, 640 * 64 + 17, 262144});
+  Check({128, 16, 1}, SelectionNumbers{}, {66000, 200000, 640 * 64 + 17, 250000});
   Check({128, 16, 2}, SelectionNumbers{}, {131072});
   Check({64, 4, 4}, SelectionNumbers{}, {33000, 5000, 100});
 }
@@ -173,12 +173,12 @@ TEST_F(ScoreSelectTest, SaysWhatItCannot) {
   params.num_heads = 16;
   params.num_kv_heads = 1;
   params.cache.head_dim = 128;
-  params.max_blocks = 4096;
+  params.max_blocks = 4000;
   EXPECT_TRUE(CanScoreSelect(params));
   params.max_blocks = 16384;
   EXPECT_FALSE(CanScoreSelect(params));
   EXPECT_EQ(LaunchScoreSelect(params, nullptr), cudaErrorInvalidValue);
-  params.max_blocks = 4096;
+  params.max_blocks = 4000;
   params.num_heads = 17;
   EXPECT_FALSE(CanScoreSelect(params));
 }
