@@ -54,6 +54,19 @@ __device__ void CopyRecord(const std::byte* from, std::byte* to) {
   }
 }
 
+/// Waits until the host has tagged what it brings. All lanes then see what it wrote before.
+__device__ inline void WaitForTag(const uint64_t* arrived, uint64_t tag) {
+  if (threadIdx.x % 32 == 0) {
+    uint64_t seen;
+    while (true) {
+      asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(seen) : "l"(arrived) : "memory");
+      if (seen == tag) break;
+      __nanosleep(500);
+    }
+  }
+  __syncwarp();
+}
+
 /// One thread block: one (row, KV head, 16 query heads) over one share of its list. Four warps take
 /// 16 tokens of each block and are merged at the end: until then they share nothing. With `fetches`
 /// a fifth warp brings the missing records into their slots, and the four come to them last.
@@ -105,8 +118,16 @@ __global__ void __launch_bounds__(kThreads + (fetches ? 32 : 0), 2)
       const int entry = missing_entry(i);
       const uint64_t page =
           p.cache.pages[int64_t{info.sequence} * p.cache.max_blocks + blocks[entry]];
-      CopyRecord<dim>(reinterpret_cast<const std::byte*>(page) + record * RecordBytes(dim),
-                      p.cache.Slot(slots[entry]));
+      const std::byte* from = reinterpret_cast<const std::byte*>(page) + record * RecordBytes(dim);
+      if (p.missing == AttendMissing::kArriving) {
+        const Arrivals& arrivals = p.arrivals;
+        const int source = arrivals.sources[pair * p.max_selected + entry];
+        if (source >= 0) {
+          WaitForTag(arrivals.arrived + source, ArrivalTag(*arrivals.step, p.layer));
+          from = arrivals.landing + source * RecordBytes(dim);
+        }
+      }
+      CopyRecord<dim>(from, p.cache.Slot(slots[entry]));
       __threadfence();
       __syncwarp();
       if (lane == 0) atomicAdd(&arrived, 1);
@@ -281,8 +302,8 @@ cudaError_t Launch(const AttendParams& params, cudaStream_t stream) {
 
 template <int dim>
 cudaError_t Launch(const AttendParams& params, cudaStream_t stream) {
-  return params.missing == AttendMissing::kInPages ? Launch<dim, true>(params, stream)
-                                                   : Launch<dim, false>(params, stream);
+  return params.missing == AttendMissing::kInSlots ? Launch<dim, false>(params, stream)
+                                                   : Launch<dim, true>(params, stream);
 }
 
 }  // namespace

@@ -33,8 +33,8 @@ struct Inputs {
 constexpr int kFirstForced = 1;
 constexpr int kLastForced = 17;
 
-/// The lists of a layer with `missing` records in pages, at random places but for the first of them,
-/// which the rows that are checked have.
+/// The lists of a layer with `missing` records in pages, at random places but for the first of
+/// them, which the rows that are checked have.
 Lists MakeLists(Inputs& inputs, int layer, int missing) {
   Bench& bench = inputs.bench;
   const CacheView& cache = inputs.decode.cache->host;
@@ -52,8 +52,7 @@ Lists MakeLists(Inputs& inputs, int layer, int missing) {
   for (int pair = 0; pair < pairs; ++pair) {
     const int sequence = pair / kNumKvHeads;
     const int record = layer * kNumKvHeads + pair % kNumKvHeads;
-    const std::vector<int32_t>& selected =
-        inputs.decode.selected[cache.TableRow(sequence, record)];
+    const std::vector<int32_t>& selected = inputs.decode.selected[cache.TableRow(sequence, record)];
     const int before = static_cast<int>(lists.blocks.size());
     int resident = 0;
     for (const char wanted : {0, 1}) {
@@ -101,9 +100,8 @@ std::string Check(Inputs& inputs, const Lists& lists) {
   AttendReference(params);
   // Rounded probabilities err by 2^-8 of themselves each; over some hundred tokens that count, by
   // 1e-4 together.
-  const std::string error =
-      Compare("output", Bench::Download(lists.params.out, expected.size()), expected, kBf16Step,
-              1e-3);
+  const std::string error = Compare("output", Bench::Download(lists.params.out, expected.size()),
+                                    expected, kBf16Step, 1e-3);
   if (!error.empty() || params.missing == AttendMissing::kInSlots) return error;
   for (int pair = 0; pair < kCheckedRows * kNumKvHeads; ++pair) {
     for (int i = lists.ranges[pair].x; i < kTopK; ++i) {

@@ -78,7 +78,7 @@ void AttendReference(const AttendParams& params) {
       continue;
     }
     for (int h = 0; h < params.num_kv_heads; ++h) {
-      if (params.missing == AttendMissing::kInPages) FetchMissing(params, r, h);
+      if (params.missing != AttendMissing::kInSlots) FetchMissing(params, r, h);
       for (int64_t head = first_head + h * G; head < first_head + (h + 1) * G; ++head) {
         const int64_t pair = int64_t{r} * params.num_kv_heads + h;
         AttendHead(Tokens(params, r, pair, params.q + head * D), D, params.out + head * D);

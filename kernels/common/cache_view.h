@@ -51,6 +51,9 @@ __host__ __device__ inline int VisibleWindows(int t) {
   return t < kWindowTokens - 1 ? 0 : (t - (kWindowTokens - 1)) / kWindowStride + 1;
 }
 
+/// CacheView::pages of a stored block that the device cannot read.
+inline constexpr uint64_t kStoredElsewhere = 1;
+
 /// Pointers to the frames and to the tables of all sequences. A plain value; copied into kernels.
 ///
 /// Invariants, for a sequence s and record r: (1) slot_of[s,r,block_of[s,r,i]] == i where
@@ -71,8 +74,7 @@ struct CacheView {
   int32_t* block_of = nullptr;  // [sequences, R, max_frames]: block of a local slot, or -1
   uint32_t* stamp = nullptr;    // [sequences, R, max_frames]: step that last selected the block
   /// [sequences, max_blocks]: where the records of a stored block begin in memory that the device
-  /// can read (record r at + r * RecordBytes(D)); 0: not stored. Any other value that is no address
-  /// is allowed where nothing reads it.
+  /// can read (record r at + r * RecordBytes(D)); 0: not stored; kStoredElsewhere.
   uint64_t* pages = nullptr;
 
   __host__ __device__ int64_t TableRow(int sequence, int record) const {

@@ -130,7 +130,12 @@ __global__ void __launch_bounds__(kThreads) ResolveKernel(ResolveParams p) {
     if (threadIdx.x == 0) {
       slots[hits + loaded] = static_cast<int32_t>(p.cache.SlotNumber(sequence, record, local));
       blocks[hits + loaded] = block;
-      p.loads[atomicAdd(p.num_loads, 1)] = {sequence, record, block, local};
+      int source = -1;
+      if (p.sources == nullptr || row.pages[block] == kStoredElsewhere) {
+        source = atomicAdd(p.num_loads, 1);
+        p.loads[source] = {sequence, record, block, local};
+      }
+      if (p.sources != nullptr) p.sources[pair * p.max_selected + hits + loaded] = source;
     }
     ++loaded;
   }
@@ -138,6 +143,15 @@ __global__ void __launch_bounds__(kThreads) ResolveKernel(ResolveParams p) {
     p.ranges[pair] = {hits, hits + loaded};
     CountTotals(p, blockIdx.x, count, loaded);
   }
+}
+
+__global__ void __launch_bounds__(kThreads) PublishLoadsKernel(PublishLoadsParams p) {
+  StartKernel();
+  const int count = *p.num_loads;
+  for (int i = threadIdx.x; i < count; i += kThreads) p.host_loads[i] = p.loads[i];
+  __threadfence_system();
+  __syncthreads();
+  if (threadIdx.x == 0) *reinterpret_cast<volatile uint32_t*>(p.bell) = count + 1;
 }
 
 __global__ void __launch_bounds__(kThreads) ResolveChunksKernel(ResolveParams p) {
@@ -241,6 +255,10 @@ cudaError_t LaunchResolve(const ResolveParams& params, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   return LaunchKernel(ResolveKernel, dim3(params.rows, params.num_kv_heads), kThreads, shared,
                       stream, params);
+}
+
+cudaError_t LaunchPublishLoads(const PublishLoadsParams& params, cudaStream_t stream) {
+  return LaunchKernel(PublishLoadsKernel, 1, kThreads, 0, stream, params);
 }
 
 cudaError_t LaunchResolveChunks(const ResolveParams& params, cudaStream_t stream) {

@@ -35,8 +35,12 @@ struct ResolveParams {
   int2* ranges = nullptr;          // [rows, Hkv]: (resident, resident + loaded)
   Load* loads = nullptr;           // [rows * Hkv * max_selected]
   int32_t* num_loads = nullptr;    // added to; the caller clears it before each layer
-  int32_t* failures = nullptr;     // added to
-  int2* totals = nullptr;          // [rows]: (selected, loaded) of all heads added; may be null
+  /// Null: all missing blocks are noted in `loads`. Otherwise only those that are kStoredElsewhere,
+  /// and sources [rows, Hkv, max_selected] gets for each missing entry its index there, -1 for one
+  /// that the device can read from its page.
+  int32_t* sources = nullptr;
+  int32_t* failures = nullptr;  // added to
+  int2* totals = nullptr;       // [rows]: (selected, loaded) of all heads added; may be null
   int rows = 0;
   int num_kv_heads = 0;
   int layer = 0;
@@ -46,6 +50,17 @@ struct ResolveParams {
 
 /// Capturable.
 cudaError_t LaunchResolve(const ResolveParams& params, cudaStream_t stream);
+
+/// Tells the host what to bring: copies the loads to host memory and rings its bell, in this order.
+/// All but num_loads and loads in mapped host memory.
+struct PublishLoadsParams {
+  const Load* loads = nullptr;
+  const int32_t* num_loads = nullptr;
+  Load* host_loads = nullptr;
+  uint32_t* bell = nullptr;  // gets the number of loads + 1; the host has set it to 0
+};
+/// Capturable.
+cudaError_t LaunchPublishLoads(const PublishLoadsParams& params, cudaStream_t stream);
 
 /// For chunks: the rows of a sequence come together, and what any of them selected is loaded, where
 /// it is not resident, as in LaunchResolve. `slots`, `blocks` and `ranges` are not used; `totals`

@@ -1,5 +1,7 @@
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <numeric>
 
 #include "tests/kernels/cache_fixture.h"
 #include "tests/kernels/direct_attention.h"
@@ -168,13 +170,16 @@ void CheckOutput(const Batch& batch, const Shape& shape, const std::vector<__nv_
 /// records that it saw fetched to `fetched`, where given.
 void CheckShape(Random& random, CacheWorld& world, const Shape& shape, int replays = 0,
                 int* fetched = nullptr) {
-  const bool in_pages = shape.where == AttendMissing::kInPages;
+  const bool in_pages = shape.where != AttendMissing::kInSlots;
+  const bool arriving = shape.where == AttendMissing::kArriving;
   SCOPED_TRACE(::testing::Message()
                << "D " << shape.head_dim << ", G " << shape.group << ", Hkv " << shape.kv_heads
                << ", splits " << shape.splits << ", missing ones in "
-               << (in_pages ? "pages" : "slots") << ", with bias "
-               << (shape.bias == AttendBias::kCache) << ", query scale " << shape.query_scale
-               << ", replays " << replays);
+               << (arriving   ? "pages and on their way"
+                   : in_pages ? "pages"
+                              : "slots")
+               << ", with bias " << (shape.bias == AttendBias::kCache) << ", query scale "
+               << shape.query_scale << ", replays " << replays);
   const Batch batch = MakeBatch(world, shape.group, shape.missing, shape.query_scale, random);
   const int rows = static_cast<int>(batch.info.size());
   const int Hq = shape.kv_heads * shape.group;
@@ -217,6 +222,37 @@ void CheckShape(Random& random, CacheWorld& world, const Shape& shape, int repla
   params.missing = shape.where;
   params.bias = shape.bias;
 
+  // Some of the missing records come by the host, while the kernel runs.
+  constexpr uint32_t kStep = 77;
+  const DeviceArray<uint32_t> step(std::vector<uint32_t>{kStep});
+  std::vector<int32_t> sources(batch.slots.size(), 12345);
+  std::vector<std::pair<int32_t, const std::byte*>> sent;  // slot of the record, its bytes
+  if (arriving) {
+    for (size_t pair = 0; pair < batch.ranges.size(); ++pair) {
+      for (int i = batch.ranges[pair].x; i < batch.ranges[pair].y; ++i) {
+        const size_t entry = pair * batch.max_selected + i;
+        sources[entry] = random.Chance(0.7) ? static_cast<int32_t>(sent.size()) : -1;
+        if (sources[entry] < 0) continue;
+        sent.emplace_back(batch.slots[entry], after.View().Slot(batch.slots[entry]));
+      }
+    }
+  }
+  const int64_t record_bytes = RecordBytes(shape.head_dim);
+  const DeviceArray<int32_t> device_sources(sources);
+  MappedMemory landing(sent.size() * record_bytes), arrived(sent.size() * sizeof(uint64_t));
+  params.arrivals = {device_sources.data(), landing.device(),
+                     reinterpret_cast<const uint64_t*>(arrived.device()), step.data()};
+  std::memset(arrived.host(), 0, arrived.bytes());
+  const auto send = [&] {
+    std::vector<int32_t> order(sent.size());
+    std::iota(order.begin(), order.end(), 0);
+    random.Shuffle(order);
+    for (const int32_t i : order) {
+      std::memcpy(landing.host() + i * record_bytes, sent[i].second, record_bytes);
+      std::atomic_ref<uint64_t>(reinterpret_cast<uint64_t*>(arrived.host())[i])
+          .store(ArrivalTag(kStep, 1), std::memory_order_release);
+    }
+  };
   const auto reset = [&] {
     std::copy(initial_slots.begin(), initial_slots.end(), before.slots.begin());
     mirror.UploadSlots();
@@ -233,7 +269,14 @@ void CheckShape(Random& random, CacheWorld& world, const Shape& shape, int repla
     mirror.Download();
     ExpectSameBytes(before.slots, after.slots, "bytes of slots");
   };
-  if (replays == 0) {
+  if (arriving) {
+    // Half of the runs find everything there, half wait.
+    if (random.Chance(0.5)) send();
+    ASSERT_EQ(LaunchAttend(params, nullptr), cudaSuccess);
+    send();
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    check();
+  } else if (replays == 0) {
     Launch(LaunchAttend, params);
     check();
   } else {
@@ -315,6 +358,20 @@ TEST_F(AttendTest, FetchesNothingSomeOrAllOfAList) {
     if (missing == Missing::kAllThatMay) {
       EXPECT_GE(fetched, 50) << "too few for several in a share";
     }
+  }
+}
+
+TEST_F(AttendTest, WaitsForWhatTheHostBrings) {
+  for (const int head_dim : {64, 128}) {
+    const auto world = MakeWorld(head_dim, 2, random_);
+    int fetched = 0;
+    for (const int splits : {1, 2, 3, 8}) {
+      Shape shape{head_dim, 16, 2, splits, AttendMissing::kArriving};
+      shape.missing = splits == 2 ? Missing::kAllThatMay : Missing::kAny;
+      CheckShape(random_, *world, shape, /*replays=*/0, &fetched);
+      if (HasFailure()) return;
+    }
+    EXPECT_GT(fetched, 0);
   }
 }
 

@@ -9,7 +9,6 @@ namespace nosara::kernels {
 namespace {
 
 /// What pages[] holds for a stored block without a page.
-constexpr uint64_t kStoredElsewhere = 1;
 
 /// Into the vector's own memory, so that views of the world stay valid.
 template <typename T>

@@ -368,6 +368,85 @@ TEST_F(ResolveTest, AllResidentAndNoneResident) {
   }
 }
 
+TEST_F(ResolveTest, OnlyWhatIsElsewhereIsAskedOfTheHost) {
+  CacheWorld world(Tables(2, {{12000, 70}, {9000, 90}}), random_);
+  for (uint64_t& page : world.pages) {
+    if (page != 0) page = random_.Chance(0.5) ? kStoredElsewhere : 4096;
+  }
+  DeviceMirror mirror(world);
+  const Selections selections = MakeSelections(world, 64, [&](int s, int) {
+    std::vector<int32_t> blocks = random_.Sample(world.blocks(s), 64);
+    return blocks;
+  });
+  const int rows = static_cast<int>(selections.info.size());
+  const size_t entries = selections.selected.size();
+  const DeviceArray<StepRow> info(selections.info);
+  const DeviceArray<int32_t> selected(selections.selected), count(selections.count);
+  const DeviceArray<uint32_t> step(std::vector<uint32_t>{9000});
+  DeviceArray<int32_t> slots(Poison<int32_t>(entries)), blocks(Poison<int32_t>(entries)),
+      sources(Poison<int32_t>(entries)), counters(std::vector<int32_t>{0, 0});
+  DeviceArray<int2> ranges(Poison<int2>(rows * 2));
+  DeviceArray<Load> loads(Poison<Load>(entries));
+  ResolveParams params;
+  params.rows_info = info.data();
+  params.selected = selected.data();
+  params.count = count.data();
+  params.cache = mirror.View();
+  params.step = step.data();
+  params.slots = slots.data();
+  params.blocks = blocks.data();
+  params.ranges = ranges.data();
+  params.loads = loads.data();
+  params.num_loads = counters.data();
+  params.sources = sources.data();
+  params.failures = counters.data() + 1;
+  params.rows = rows;
+  params.num_kv_heads = 2;
+  params.layer = 1;
+  params.max_selected = 64;
+  Launch(LaunchResolve, params);
+  MappedMemory asked(entries * sizeof(Load)), bell(sizeof(uint32_t));
+  Launch(LaunchPublishLoads,
+         PublishLoadsParams{loads.data(), counters.data(), reinterpret_cast<Load*>(asked.device()),
+                            reinterpret_cast<uint32_t*>(bell.device())});
+  mirror.DownloadTables();
+
+  const std::vector<int32_t> got_sources = sources.Download(), got_blocks = blocks.Download();
+  const std::vector<int2> got_ranges = ranges.Download();
+  const int num_loads = counters.Download()[0];
+  EXPECT_EQ(counters.Download()[1], 0);
+  EXPECT_EQ(*reinterpret_cast<const uint32_t*>(bell.host()), num_loads + 1u);
+  const Load* host_loads = reinterpret_cast<const Load*>(asked.host());
+  const CacheView view = world.View();
+  std::set<int32_t> seen;
+  int direct = 0;
+  for (int pair = 0; pair < rows * 2; ++pair) {
+    const int sequence = selections.info[pair / 2].sequence;
+    if (sequence < 0) continue;
+    for (int i = got_ranges[pair].x; i < got_ranges[pair].y; ++i) {
+      const int32_t block = got_blocks[pair * 64 + i];
+      const int32_t source = got_sources[pair * 64 + i];
+      if (view.pages[int64_t{sequence} * view.max_blocks + block] != kStoredElsewhere) {
+        EXPECT_EQ(source, -1);
+        ++direct;
+        continue;
+      }
+      ASSERT_GE(source, 0);
+      ASSERT_LT(source, num_loads);
+      EXPECT_TRUE(seen.insert(source).second);
+      const Load& load = host_loads[source];
+      const int record = 2 + pair % 2;
+      EXPECT_EQ(load.sequence, sequence);
+      EXPECT_EQ(load.record, record);
+      EXPECT_EQ(load.block, block);
+      EXPECT_EQ(load.slot, view.slot_of[view.TableRow(sequence, record) * view.max_blocks + block]);
+    }
+  }
+  EXPECT_EQ(static_cast<int>(seen.size()), num_loads);
+  EXPECT_GT(num_loads, 0);
+  EXPECT_GT(direct, 0);
+}
+
 TEST_F(ResolveTest, NothingSelected) {
   CacheWorld world(Tables(2, {{1000, 8}, {3, 0}}), random_);
   DeviceMirror mirror(world);

@@ -5,7 +5,6 @@
 #include <thread>
 
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/notification.h"
 #include "base/check.h"
 #include "base/log.h"
 #include "base/status_macros.h"
@@ -16,9 +15,8 @@ namespace {
 
 constexpr int kBlock = kvstore::kBlockTokens;
 static_assert(kBlock == kernels::kBlockTokens);
-constexpr int kMaxChunks = 8;             // sequences of one prefill launch
-constexpr int kPrefixesAtATime = 64;      // pages whose index parts are imported together
-constexpr uint64_t kStoredElsewhere = 1;  // CacheView::pages: stored, not to be read by the device
+constexpr int kMaxChunks = 8;         // sequences of one prefill launch
+constexpr int kPrefixesAtATime = 64;  // pages whose index parts are imported together
 
 int BlocksFor(int64_t tokens) { return static_cast<int>((tokens + kBlock - 1) / kBlock); }
 
@@ -212,13 +210,14 @@ const CudaBackend::Arena* CudaBackend::ArenaOf(kvstore::StoreId store) {
 
 uint64_t CudaBackend::RecordsOf(const kvstore::PageRef& ref) {
   const Arena* arena = ArenaOf(ref.store);
-  if (arena == nullptr || arena->device_address == nullptr) return kStoredElsewhere;
+  if (arena == nullptr || arena->device_address == nullptr) return kernels::kStoredElsewhere;
   const uint64_t offset = ref.slot * layout_.page_bytes();
-  if (offset + layout_.page_bytes() > arena->memory->bytes.size()) return kStoredElsewhere;
+  if (offset + layout_.page_bytes() > arena->memory->bytes.size()) return kernels::kStoredElsewhere;
   // A reference of another incarnation of the store has nothing to do with this memory.
   kvstore::PageHeader header;
   std::memcpy(&header, arena->memory->bytes.data() + offset, sizeof(header));
-  if (header.key != ref.key || header.generation != ref.generation) return kStoredElsewhere;
+  if (header.key != ref.key || header.generation != ref.generation)
+    return kernels::kStoredElsewhere;
   return reinterpret_cast<uint64_t>(arena->device_address + offset + layout_.record_offset(0));
 }
 
@@ -324,7 +323,8 @@ absl::Status CudaBackend::BindPages(SequenceId id, absl::Span<const BoundPage> p
   }
   std::vector<uint64_t> stored;
   for (const BoundPage& page : pages) stored.push_back(RecordsOf(page.ref));
-  sequence.elsewhere = static_cast<int>(std::count(stored.begin(), stored.end(), kStoredElsewhere));
+  sequence.elsewhere =
+      static_cast<int>(std::count(stored.begin(), stored.end(), kernels::kStoredElsewhere));
   RETURN_IF_ERROR(cache_->SetPages(sequence.row, 0, stored));
   sequence.tokens = static_cast<int64_t>(pages.size()) * kBlock;
   sequence.unreported_from = static_cast<int64_t>(pages.size());
@@ -344,7 +344,7 @@ void CudaBackend::CommitBlock(SequenceId id, int block, const kvstore::PageRef& 
   entry.record_checksums.assign(record_checksums.begin(), record_checksums.end());
   --sequence.unstored;
   const uint64_t records = RecordsOf(ref);
-  sequence.elsewhere += records == kStoredElsewhere ? 1 : 0;
+  sequence.elsewhere += records == kernels::kStoredElsewhere ? 1 : 0;
   const absl::Status status = cache_->SetPages(sequence.row, block, {records});
   CHECK(status.ok());  // a broken device: nothing can go on
 }
@@ -373,14 +373,16 @@ absl::Status CudaBackend::Prepare(const StepItem& item, bool decode) {
   if (decode && !sequence.decoding) RETURN_IF_ERROR(BecomeDecoding(sequence));
   if (sequence.load_first >= 0) {
     std::vector<StepItemResult> results(1);
+    std::vector<std::unique_ptr<RecordReads>> started;
     const absl::Status status =
         step_->LoadBlock(sequence.row, sequence.load_first,
-                         [&](absl::Span<const kernels::Load> loads, std::byte* landing) {
-                           return Fetch(loads, landing, {item}, results);
+                         [&](absl::Span<const kernels::Load> loads, std::byte* landing,
+                             const std::function<void(int)>& arrived) {
+                           StartReads(loads, landing, arrived, {item}, results, started);
                          });
     sequence.load_first = -1;
     RETURN_IF_ERROR(status);
-    RETURN_IF_ERROR(results[0].status);
+    for (const auto& list : started) RETURN_IF_ERROR(list->AnnotatedStatus());
   }
   const int needed = BlocksFor(sequence.tokens + static_cast<int64_t>(item.tokens.size()));
   while (static_cast<int>(sequence.blocks.size()) < needed) {
@@ -462,8 +464,10 @@ void CudaBackend::RunPieces(absl::Span<const StepItem> items, absl::Span<const P
       logits_rows.push_back(static_cast<int32_t>(tokens.size()) - 1);
     }
   }
-  const FetchFunction fetch = [&](absl::Span<const kernels::Load> loads, std::byte* landing) {
-    return Fetch(loads, landing, items, results);
+  std::vector<std::unique_ptr<RecordReads>> started;
+  const FetchFunction fetch = [&](absl::Span<const kernels::Load> loads, std::byte* landing,
+                                  const std::function<void(int)>& arrived) {
+    StartReads(loads, landing, arrived, items, results, started);
   };
   const Missing missing = !partial    ? Missing::kNever
                           : elsewhere ? Missing::kFetched
@@ -475,66 +479,61 @@ void CudaBackend::RunPieces(absl::Span<const StepItem> items, absl::Span<const P
     for (const Piece& piece : pieces) results[piece.item].status.Update(output.status());
     return;
   }
+  std::vector<int64_t> by_host(items.size(), 0);  // records
+  for (const auto& list : started) {
+    results[list->item].status.Update(list->AnnotatedStatus());
+    by_host[list->item] += static_cast<int64_t>(list->indices.size());
+  }
   for (size_t p = 0; p < pieces.size(); ++p) {
     // A chunk counts once, at its first row.
     const int2 totals = output->totals[first_row[p]];
     CacheCounters& counters = results[pieces[p].item].counters;
     counters.records_selected += totals.x;
     counters.records_resident += totals.x - totals.y;
-    if (missing == Missing::kMapped) {
-      counters.CountFetched(kvstore::Path::kMapped, totals.y, layout_.record_bytes());
-    }
+    // What the host did not bring, attention read from mapped pages.
+    const int64_t mapped =
+        decode || missing == Missing::kMapped ? totals.y - by_host[pieces[p].item] : 0;
+    counters.CountFetched(kvstore::Path::kMapped, mapped, layout_.record_bytes());
   }
   const std::vector<int32_t> drawn(output->tokens.begin(), output->tokens.end());
   SampleTokens(items, sampled, drawn, results);
 }
 
-absl::Status CudaBackend::Fetch(absl::Span<const kernels::Load> loads, std::byte* landing,
-                                absl::Span<const StepItem> items,
-                                std::vector<StepItemResult>& results) {
+absl::Status CudaBackend::RecordReads::AnnotatedStatus() const {
+  return Annotate(status, "reading the KV cache");
+}
+
+void CudaBackend::StartReads(absl::Span<const kernels::Load> loads, std::byte* landing,
+                             const std::function<void(int)>& arrived,
+                             absl::Span<const StepItem> items, std::vector<StepItemResult>& results,
+                             std::vector<std::unique_ptr<RecordReads>>& started) {
   // One list of reads per sequence, all in flight together: a failure is that of its item alone.
-  struct List {
-    size_t item = 0;
-    std::vector<kvstore::RecordRead> reads;
-    absl::Notification done;
-    absl::Status status;
-  };
-  std::vector<std::unique_ptr<List>> lists;
-  absl::flat_hash_map<int, List*> by_row;
+  absl::flat_hash_map<int, RecordReads*> by_row;
   for (size_t i = 0; i < items.size(); ++i) {
-    lists.push_back(std::make_unique<List>());
-    lists.back()->item = i;
-    by_row[At(items[i].sequence).row] = lists.back().get();
+    auto list = std::make_unique<RecordReads>();
+    list->item = i;
+    by_row[At(items[i].sequence).row] = list.get();
+    started.push_back(std::move(list));
   }
   for (size_t i = 0; i < loads.size(); ++i) {
     const kernels::Load& load = loads[i];
-    List& list = *by_row.at(load.sequence);
+    RecordReads& list = *by_row.at(load.sequence);
     const Block& block = At(items[list.item].sequence).blocks[load.block];
     CHECK(block.ref.has_value());
     list.reads.push_back(
         {*block.ref, load.record, block.record_checksums[load.record],
          absl::MakeSpan(landing + i * layout_.record_bytes(), layout_.record_bytes())});
+    list.indices.push_back(static_cast<int>(i));
+    CacheCounters& counters = results[list.item].counters;
+    counters.CountFetched(store_->PathTo(block.ref->store), 1, layout_.record_bytes());
   }
-  for (const auto& list : lists) {
-    if (list->reads.empty()) {
-      list->done.Notify();
-      continue;
-    }
-    CacheCounters& counters = results[list->item].counters;
-    for (const kvstore::RecordRead& read : list->reads) {
-      counters.CountFetched(store_->PathTo(read.page.store), 1, layout_.record_bytes());
-    }
-    store_->ReadRecords(std::move(list->reads), [list = list.get()](absl::Status status) {
+  for (const auto& [row, list] : by_row) {
+    if (list->reads.empty()) continue;
+    store_->ReadRecords(std::move(list->reads), [list = list, arrived](absl::Status status) {
       list->status = std::move(status);
-      list->done.Notify();
+      for (const int i : list->indices) arrived(i);
     });
   }
-  // The landing ring is the client's until each completion has run.
-  for (const auto& list : lists) {
-    list->done.WaitForNotification();
-    results[list->item].status.Update(Annotate(list->status, "reading the KV cache"));
-  }
-  return absl::OkStatus();
 }
 
 void CudaBackend::SampleTokens(absl::Span<const StepItem> items, absl::Span<const size_t> sampled,

@@ -1,6 +1,7 @@
 // The backend that computes on an NVIDIA GPU.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -102,8 +103,20 @@ class CudaBackend final : public Backend {
   absl::Status Prepare(const StepItem& item, bool decode);
   void RunPieces(absl::Span<const StepItem> items, absl::Span<const Piece> pieces, bool decode,
                  std::vector<StepItemResult>& results);
-  absl::Status Fetch(absl::Span<const kernels::Load> loads, std::byte* landing,
-                     absl::Span<const StepItem> items, std::vector<StepItemResult>& results);
+  /// Records of one item that are read together.
+  struct RecordReads {
+    size_t item = 0;
+    std::vector<kvstore::RecordRead> reads;
+    std::vector<int> indices;  // in the list of loads
+    absl::Status status;       // set before the last of them has arrived
+
+    absl::Status AnnotatedStatus() const;
+  };
+  /// The work of a FetchFunction. `started` gets the reads; it must outlive them.
+  void StartReads(absl::Span<const kernels::Load> loads, std::byte* landing,
+                  const std::function<void(int)>& arrived, absl::Span<const StepItem> items,
+                  std::vector<StepItemResult>& results,
+                  std::vector<std::unique_ptr<RecordReads>>& started);
   void SampleTokens(absl::Span<const StepItem> items, absl::Span<const size_t> sampled,
                     absl::Span<const int32_t> drawn, std::vector<StepItemResult>& results);
   absl::Status Export(absl::Span<const StepItem> items, std::vector<StepItemResult>& results);

@@ -1,11 +1,14 @@
 #include "worker/backend/cuda/cuda_step.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/blocking_counter.h"
+#include "absl/synchronization/mutex.h"
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "kernels/gather/gather.h"
@@ -285,7 +288,10 @@ absl::Status CudaStep::FetchListed(int count, const FetchFunction& fetch) {
     // Also: the last gather has read the landing ring.
     RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(stream_), "gather"));
     const int here = std::min(options_.landing_records, count - first);
-    RETURN_IF_ERROR(fetch(absl::MakeConstSpan(host_loads_.data() + first, here), landing_.data()));
+    absl::BlockingCounter missing(here);
+    fetch(absl::MakeConstSpan(host_loads_.data() + first, here), landing_.data(),
+          [&missing](int) { missing.DecrementCount(); });
+    missing.Wait();
     RETURN_IF_ERROR(CudaStatus(cudaMemcpyAsync(num_loads_.data() + model_.num_layers, &here,
                                                sizeof(here), cudaMemcpyHostToDevice, stream_),
                                "loads"));
@@ -300,8 +306,65 @@ absl::Status CudaStep::FetchListed(int count, const FetchFunction& fetch) {
   return absl::OkStatus();
 }
 
-absl::Status CudaStep::LaunchDecode(const Shape& shape, uint32_t stages,
-                                    const FetchFunction& fetch) {
+absl::Status CudaStep::PrepareArrivals() {
+  if (bells_.size() == 0) {
+    const auto create = [](auto& array, size_t size, const char* what) -> absl::Status {
+      using Array = std::remove_reference_t<decltype(array)>;
+      ASSIGN_OR_RETURN(array, Array::Create(size, what));
+      return absl::OkStatus();
+    };
+    // All that a layer can ask for.
+    const size_t loads = size_t{static_cast<unsigned>(options_.max_decode_rows)} *
+                         model_.num_kv_heads * max_selected_;
+    RETURN_IF_ERROR(create(asked_, loads, "loads"));
+    RETURN_IF_ERROR(create(arrived_, loads, "arrivals"));
+    RETURN_IF_ERROR(
+        create(arrivals_, loads * kernels::RecordBytes(model_.head_dim), "records that arrive"));
+    RETURN_IF_ERROR(create(sources_, loads, "sources"));
+    RETURN_IF_ERROR(create(bells_, model_.num_layers, "bells"));
+  }
+  std::fill_n(bells_.data(), bells_.size(), 0);
+  return absl::OkStatus();
+}
+
+absl::Status CudaStep::ServeArrivals(const FetchFunction& fetch) {
+  absl::Mutex mutex;
+  int under_way = 0;
+  absl::Status status;
+  for (int layer = 0; layer < model_.num_layers && status.ok(); ++layer) {
+    // The bell rings within microseconds to a few milliseconds, and each counts.
+    uint32_t bell = 0;
+    for (int64_t spins = 1; bell == 0; ++spins) {
+      bell = std::atomic_ref<uint32_t>(bells_[layer]).load(std::memory_order_acquire);
+      if (bell != 0 || spins % 4096 != 0) continue;
+      // A failed kernel rings no bell.
+      const cudaError_t error = cudaStreamQuery(stream_);
+      if (error != cudaErrorNotReady && error != cudaSuccess) {
+        status = CudaStatus(error, "decode step");
+        break;
+      }
+    }
+    if (bell <= 1) continue;
+    const int count = static_cast<int>(bell) - 1;
+    {
+      absl::MutexLock lock(&mutex);
+      under_way += count;
+    }
+    fetch(absl::MakeConstSpan(asked_.data(), count), arrivals_.data(),
+          [this, &mutex, &under_way, tag = kernels::ArrivalTag(step_, layer)](int i) {
+            std::atomic_ref<uint64_t>(arrived_[i]).store(tag, std::memory_order_release);
+            absl::MutexLock lock(&mutex);
+            --under_way;
+          });
+  }
+  // The device waits for all of them anyhow; the calls that say so end a little later.
+  absl::MutexLock lock(&mutex);
+  mutex.Await(absl::Condition(
+      +[](int* left) { return *left == 0; }, &under_way));
+  return status;
+}
+
+absl::Status CudaStep::LaunchDecode(const Shape& shape, uint32_t stages) {
   RETURN_IF_ERROR(Begin(shape.rows, stages));
   const int score_rows = Full() ? shape.rows : ScoreRows(shape.blocks);
   for (int layer = 0; layer < model_.num_layers; ++layer) {
@@ -310,7 +373,7 @@ absl::Status CudaStep::LaunchDecode(const Shape& shape, uint32_t stages,
       const int rows = std::min(score_rows, shape.rows - first);
       RETURN_IF_ERROR(Select(layer, {first, rows, 0, rows}, nullptr, shape.blocks, stages));
     }
-    RETURN_IF_ERROR(AttendDecode(layer, shape, stages, fetch));
+    RETURN_IF_ERROR(AttendDecode(layer, shape, stages));
     RETURN_IF_ERROR(EndLayer(layer, shape.rows, stages));
   }
   return Output(shape.rows, nullptr, stages);
@@ -320,7 +383,7 @@ absl::StatusOr<cudaGraphExec_t> CudaStep::Capture(const Shape& shape, uint32_t s
   RETURN_IF_ERROR(PrepareProducts(shape.rows, shape.rows));
   RETURN_IF_ERROR(
       CudaStatus(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capture"));
-  const absl::Status launched = LaunchDecode(shape, stages, nullptr);
+  const absl::Status launched = LaunchDecode(shape, stages);
   cudaGraph_t graph = nullptr;
   const absl::Status ended = CudaStatus(cudaStreamEndCapture(stream_, &graph), "capture");
   RETURN_IF_ERROR(launched);
@@ -363,18 +426,16 @@ absl::StatusOr<StepOutput> CudaStep::Decode(absl::Span<const StepToken> tokens, 
     draws[i] = i < static_cast<int>(tokens.size()) ? tokens[i].draw : DrawParams();
   }
   last_shape_ = shape;
-  if (missing == Missing::kFetched) {
-    RETURN_IF_ERROR(LaunchDecode(shape, kAllStages, fetch));
-  } else {
-    auto graph = std::find_if(graphs_.begin(), graphs_.end(),
-                              [&](const auto& entry) { return std::get<0>(entry) == shape.Key(); });
-    if (graph == graphs_.end()) {
-      ASSIGN_OR_RETURN(const cudaGraphExec_t exec, Capture(shape, kAllStages));
-      graphs_.emplace_back(shape.Key(), exec);
-      graph = graphs_.end() - 1;
-    }
-    RETURN_IF_ERROR(CudaStatus(cudaGraphLaunch(std::get<1>(*graph), stream_), "decode step"));
+  if (missing == Missing::kFetched) RETURN_IF_ERROR(PrepareArrivals());
+  auto graph = std::find_if(graphs_.begin(), graphs_.end(),
+                            [&](const auto& entry) { return std::get<0>(entry) == shape.Key(); });
+  if (graph == graphs_.end()) {
+    ASSIGN_OR_RETURN(const cudaGraphExec_t exec, Capture(shape, kAllStages));
+    graphs_.emplace_back(shape.Key(), exec);
+    graph = graphs_.end() - 1;
   }
+  RETURN_IF_ERROR(CudaStatus(cudaGraphLaunch(std::get<1>(*graph), stream_), "decode step"));
+  if (missing == Missing::kFetched) RETURN_IF_ERROR(ServeArrivals(fetch));
   RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(stream_), "decode step"));
   RETURN_IF_ERROR(CheckFailures());
   return Results(static_cast<int>(tokens.size()), static_cast<int>(tokens.size()));

@@ -46,12 +46,14 @@ const char* StageName(Stage stage);
 enum class Missing {
   kNever,    // every block of every sequence is resident
   kMapped,   // CacheView::pages are addresses that the device can read: attention fetches them
-  kFetched,  // by a call of FetchFunction for each layer; not as a graph
+  kFetched,  // as kMapped, but for what is kStoredElsewhere: that, by FetchFunction
 };
 
-/// Fills landing + i * RecordBytes(D) with the record of loads[i]. Returns once all is there.
-using FetchFunction =
-    std::function<absl::Status(absl::Span<const kernels::Load> loads, std::byte* landing)>;
+/// Starts to bring the record of loads[i] to landing + i * RecordBytes(D), for all of them, and
+/// returns. `arrived(i)` is called once for each, on any thread, when it is there or never will be;
+/// whoever gave the function knows which.
+using FetchFunction = std::function<void(absl::Span<const kernels::Load> loads, std::byte* landing,
+                                         std::function<void(int i)> arrived)>;
 
 struct CudaStepOptions {
   AttentionPolicy policy = AttentionPolicy::kNosa;
@@ -63,7 +65,7 @@ struct CudaStepOptions {
   int64_t score_bytes = int64_t{256} << 20;
   /// Thread blocks of a gather in prefill, or from the landing ring; see kernels/gather.
   int gather_thread_blocks = 16;
-  /// Records of the landing ring of Missing::kFetched.
+  /// Records that are fetched at a time in prefill.
   int landing_records = 256;
   CudaMatMul::Tuning tuning = CudaMatMul::Tuning::kHeuristic;
   /// Not null: selections are replaced (kernels::ReplayParams); for benchmarks.
@@ -141,7 +143,7 @@ class CudaStep final {
            cudaStream_t stream);
   absl::Status Allocate();
   void FillInput(absl::Span<const StepToken> tokens, int rows);
-  absl::Status LaunchDecode(const Shape& shape, uint32_t stages, const FetchFunction& fetch);
+  absl::Status LaunchDecode(const Shape& shape, uint32_t stages);
   absl::StatusOr<cudaGraphExec_t> Capture(const Shape& shape, uint32_t stages);
   absl::Status CheckFailures();
 
@@ -150,12 +152,13 @@ class CudaStep final {
   absl::Status BeginLayer(int layer, int rows, kernels::AppendWindows update, uint32_t stages);
   absl::Status Select(int layer, const ScoreBatch& batch, const kernels::RowTile* tiles, int blocks,
                       uint32_t stages);
-  absl::Status AttendDecode(int layer, const Shape& shape, uint32_t stages,
-                            const FetchFunction& fetch);
+  absl::Status AttendDecode(int layer, const Shape& shape, uint32_t stages);
   absl::Status AttendPrefill(int layer, int rows, int tiles, int blocks, Missing missing,
                              const FetchFunction& fetch);
   absl::Status Gather(int layer);
   absl::Status FetchLoads(int layer, const FetchFunction& fetch);
+  absl::Status PrepareArrivals();
+  absl::Status ServeArrivals(const FetchFunction& fetch);
   absl::Status FetchListed(int count, const FetchFunction& fetch);
   absl::Status EndLayer(int layer, int rows, uint32_t stages);
   absl::Status Output(int logits_rows, const int32_t* source, uint32_t stages);
@@ -204,6 +207,13 @@ class CudaStep final {
   DeviceArray<float2> partial_mz_;
   PinnedArray<kernels::Load> host_loads_;
   PinnedArray<std::byte> landing_;
+  // Of Missing::kFetched in decode; there once they are needed. In mapped memory: what the device
+  // asks for, a bell for each layer, what arrived and where.
+  PinnedArray<kernels::Load> asked_;
+  PinnedArray<uint32_t> bells_;
+  PinnedArray<uint64_t> arrived_;
+  PinnedArray<std::byte> arrivals_;
+  DeviceArray<int32_t> sources_;
 
   std::vector<std::tuple<std::tuple<int, int, Missing>, cudaGraphExec_t>> graphs_;
   Shape last_shape_;

@@ -204,8 +204,7 @@ absl::Status CudaStep::Gather(int layer) {
   return CudaStatus(kernels::LaunchGather(gather, stream_), "gather");
 }
 
-absl::Status CudaStep::AttendDecode(int layer, const Shape& shape, uint32_t stages,
-                                    const FetchFunction& fetch) {
+absl::Status CudaStep::AttendDecode(int layer, const Shape& shape, uint32_t stages) {
   kernels::ResolveParams resolve;
   resolve.rows_info = In<StepRow>(RowsOffset(max_rows_), true);
   resolve.selected = selected_.data();
@@ -223,9 +222,17 @@ absl::Status CudaStep::AttendDecode(int layer, const Shape& shape, uint32_t stag
   resolve.num_kv_heads = model_.num_kv_heads;
   resolve.layer = layer;
   resolve.max_selected = max_selected_;
+  const bool arriving = shape.missing == Missing::kFetched;
+  if (arriving) resolve.sources = sources_.data();
   NOSARA_STAGE(Stage::kResolve, "resolve", kernels::LaunchResolve(resolve, stream_));
-
-  if (shape.missing == Missing::kFetched) RETURN_IF_ERROR(FetchLoads(layer, fetch));
+  if (arriving) {
+    kernels::PublishLoadsParams publish;
+    publish.loads = loads_.data();
+    publish.num_loads = resolve.num_loads;
+    publish.host_loads = asked_.data();
+    publish.bell = bells_.data() + layer;
+    NOSARA_STAGE(Stage::kResolve, "loads", kernels::LaunchPublishLoads(publish, stream_));
+  }
   kernels::AttendParams attend;
   attend.q = q_.data();
   attend.rows_info = resolve.rows_info;
@@ -243,8 +250,18 @@ absl::Status CudaStep::AttendDecode(int layer, const Shape& shape, uint32_t stag
   attend.layer = layer;
   attend.max_selected = max_selected_;
   attend.num_splits = Splits(shape.rows);
-  attend.missing = shape.missing == Missing::kMapped ? kernels::AttendMissing::kInPages
-                                                     : kernels::AttendMissing::kInSlots;
+  switch (shape.missing) {
+    case Missing::kNever:
+      attend.missing = kernels::AttendMissing::kInSlots;
+      break;
+    case Missing::kMapped:
+      attend.missing = kernels::AttendMissing::kInPages;
+      break;
+    case Missing::kFetched:
+      attend.missing = kernels::AttendMissing::kArriving;
+      attend.arrivals = {sources_.data(), arrivals_.data(), arrived_.data(), In<uint32_t>(0, true)};
+      break;
+  }
   attend.bias = options_.bias;
   NOSARA_STAGE(Stage::kAttend, "attention", kernels::LaunchAttend(attend, stream_));
   return absl::OkStatus();
