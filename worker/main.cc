@@ -48,8 +48,10 @@ ABSL_FLAG(int64_t, cache_mib, 0,
           "memory for all sequences' working caches, MiB; 0: 4096 on the CPU, nine tenths of what "
           "is free on a GPU");
 ABSL_FLAG(int32_t, threads, 2, "compute threads, 1 to 1024");
-ABSL_FLAG(int32_t, prefill_chunk_tokens, 256, "longest prefill chunk of one sequence, tokens");
-ABSL_FLAG(int32_t, step_tokens, 512, "most tokens of one step, all sequences together");
+ABSL_FLAG(int32_t, prefill_chunk_tokens, 0,
+          "longest prefill chunk of one sequence, tokens; 0: 256 on the CPU, 960 on a GPU");
+ABSL_FLAG(int32_t, step_tokens, 0,
+          "most tokens of one step, all sequences together; 0: 512 on the CPU, 1024 on a GPU");
 ABSL_FLAG(int32_t, max_running, 64, "sequences in progress at a time, 1 or more");
 ABSL_FLAG(int32_t, max_queued, 1024, "requests that may wait, 1 or more; further ones are refused");
 ABSL_FLAG(absl::Duration, store_patience, absl::Seconds(10),
@@ -133,8 +135,8 @@ absl::Status Run() {
   options.cuda_backend.slots_per_head = options.backend.slots_per_head;
   options.cuda_backend.cache_bytes = cache_mib << 20;
   options.cuda_backend.max_sequences = absl::GetFlag(FLAGS_max_running);
-  options.engine.limits.chunk_tokens = absl::GetFlag(FLAGS_prefill_chunk_tokens);
-  options.engine.limits.step_tokens = absl::GetFlag(FLAGS_step_tokens);
+  options.prefill_chunk_tokens = absl::GetFlag(FLAGS_prefill_chunk_tokens);
+  options.step_tokens = absl::GetFlag(FLAGS_step_tokens);
   options.engine.max_running = absl::GetFlag(FLAGS_max_running);
   options.engine.max_queued = absl::GetFlag(FLAGS_max_queued);
   options.engine.store_patience = absl::GetFlag(FLAGS_store_patience);

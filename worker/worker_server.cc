@@ -139,6 +139,14 @@ absl::StatusOr<std::unique_ptr<Backend>> WorkerServer::MakeBackend() {
       options_.device == Device::kCuda ||
       (options_.device == Device::kAuto && checkpoint_->config().dtype == DType::kBf16 &&
        CudaUsable(options_.cuda_backend.device));
+  SchedulerLimits& limits = options_.engine.limits;
+  if (cuda) {
+    // What is computed does not depend on it; matrix products want many rows.
+    limits.chunk_tokens = (options_.cuda_backend.max_unstored_blocks - 1) * 64;
+    limits.step_tokens = options_.cuda_backend.max_prefill_rows;
+  }
+  if (options_.prefill_chunk_tokens != 0) limits.chunk_tokens = options_.prefill_chunk_tokens;
+  if (options_.step_tokens != 0) limits.step_tokens = options_.step_tokens;
   if (cuda) {
     // So that the arenas on this machine are known to the GPU before the first request; stores that
     // come later are met later.

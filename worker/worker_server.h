@@ -59,6 +59,9 @@ struct WorkerServerOptions {
   CpuBackendOptions backend;
   CudaBackendOptions cuda_backend;
   EngineOptions engine;
+  /// Instead of engine.limits, which are the backend's own where these are 0; tokens.
+  int prefill_chunk_tokens = 0;
+  int step_tokens = 0;
 
   absl::Status Validate() const;
 };

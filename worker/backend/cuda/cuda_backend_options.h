@@ -21,11 +21,11 @@ struct CudaBackendOptions {
   /// its blocks while they fit, and under pressure as few as the model allows.
   int slots_per_head = 0;
   /// Blocks of a sequence that may be open or not yet stored; 2 or more.
-  int max_unstored_blocks = 8;
+  int max_unstored_blocks = 16;
   /// Sequences at a time, 1 or more.
   int max_sequences = 64;
   /// Tokens of one prefill launch, 1 or more.
-  int max_prefill_rows = 512;
+  int max_prefill_rows = 1024;
   /// Device memory for the KV cache, bytes; 0: nine tenths of what is free when the weights are
   /// there.
   int64_t cache_bytes = 0;
