@@ -141,12 +141,13 @@ TEST(SwiGluReferenceTest, ByHand) {
   EXPECT_EQ(ToFloat(out[3]), -200);
 }
 
-TEST(ArgMaxReferenceTest, ByHand) {
+TEST(SampleReferenceTest, GreedyByHand) {
   const float nan = std::nanf("");
   const std::vector<float> logits = {1, 3, 3,   nan, nan,        2,          -kInfinity, nan,
                                      5, 5, nan, nan, -kInfinity, -kInfinity, nan,        nan};
   std::vector<int32_t> token(4);
-  ArgMaxReference({logits.data(), token.data(), 4, 4});
+  const std::vector<DrawParams> greedy(4);
+  SampleReference({logits.data(), greedy.data(), token.data(), 4, 4});
   EXPECT_EQ(token, (std::vector<int32_t>{1, 1, 0, 0}));
 }
 
