@@ -306,9 +306,9 @@ TEST_F(CudaBackendTest, LostRecordsAreComputedAgainAndDisturbNobody) {
   }
   Worker cuda = CudaWorker(Cuda(few), store_.get());
   const std::vector<int32_t> expected = Expected(short_prompt);
+  store_->StrikeAt(FakeStore::Strike::kRestart, 60);
   auto long_one = Start(*cuda.engine, MakeRequest(long_prompt, kTokens));
   long_one->WaitForTokens(3);
-  store_->CorruptRecords();
   // Few blocks: all resident, nothing to be fetched.
   auto short_one = Start(*cuda.engine, MakeRequest(short_prompt));
   short_one->Wait();
@@ -317,6 +317,7 @@ TEST_F(CudaBackendTest, LostRecordsAreComputedAgainAndDisturbNobody) {
   long_one->Wait();
   EXPECT_OK(long_one->status());
   ExpectSameUpToTies(long_prompt, long_one->tokens(), undisturbed);
+  EXPECT_EQ(store_->strikes(), 1);
   EXPECT_GE(cuda.engine->load().recoveries, 1);
   cuda.engine->Stop();
 }
