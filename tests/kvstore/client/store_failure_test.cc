@@ -385,16 +385,24 @@ TEST(ProgramTest, StopsGracefullyAndRemovesItsArena) {
 }
 
 TEST(ProgramTest, ACrashedStoresArenaIsRemovedByTheNext) {
-  Program crashed(kBinary, Flags("127.0.0.1:0"));
-  const size_t begin = crashed.announcement().find("/dev/shm/");
+  // A folder of its own: any store that starts on this machine would clear up the common one.
+  char folder[] = "/dev/shm/nosara-test-XXXXXX";
+  ASSERT_NE(mkdtemp(folder), nullptr);
+  std::vector<std::string> flags = Flags("127.0.0.1:0");
+  flags.push_back(absl::StrCat("--arena_dir=", folder));
+  Program crashed(kBinary, flags);
+  const size_t begin = crashed.announcement().find(folder);
   ASSERT_NE(begin, std::string::npos);
   const std::string arena =
       crashed.announcement().substr(begin, crashed.announcement().find(',', begin) - begin);
   crashed.Kill();
   EXPECT_EQ(access(arena.c_str(), F_OK), 0);
-  Program next(kBinary, Flags("127.0.0.1:0"));
+  Program next(kBinary, flags);
   ASSERT_NE(next.address(), "");
   EXPECT_NE(access(arena.c_str(), F_OK), 0);
+  next.Signal(SIGTERM);
+  EXPECT_EQ(next.Wait(), 0);
+  EXPECT_EQ(rmdir(folder), 0) << "something was left in " << folder;
 }
 
 TEST(ProgramTest, BadFlagsAreRefusedWithAMessage) {
