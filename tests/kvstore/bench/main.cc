@@ -1,8 +1,12 @@
-// nosara-bench-kvstore: how fast records come out of a store, over each path, against the bare
-// transport in the same run; and how many lookups a store answers.
+// nosara-bench-store: how fast records come out of a store, over each path, against the bare
+// transport in the same run; what verifying them costs; how fast pages go in; and how many lookups
+// a store answers.
 //
 // Store and client are threads of this process: the arena, the control plane and the UCX target are
 // those of nosara-kvstore. Records are read in random order; each is verified, as always.
+#include <sys/resource.h>
+
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstring>
@@ -15,9 +19,12 @@
 #include <vector>
 
 #include "absl/flags/flag.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/synchronization/notification.h"
+#include "base/check.h"
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/program.h"
@@ -35,6 +42,7 @@ ABSL_FLAG(std::vector<std::string>, paths,
           "Paths to measure: in-process, mapped, ucx:<transports>; separate them by ';' inside UCX "
           "lists as in ucx:sm;self.");
 ABSL_FLAG(std::string, json, "", "File for the figures; empty: only the table.");
+ABSL_FLAG(std::string, commit, "", "Commit to note there.");
 
 namespace nosara::kvstore {
 namespace {
@@ -77,11 +85,13 @@ class Pages final {
       const size_t block = static_cast<size_t>(i);
       const ChainPosition position{block, pages->keys[block - block % kGroupBlocks],
                                    i == 0 ? root : pages->keys[i - 1], root};
+      const absl::Time start = Clock::Real()->Now();
       auto written = Await<absl::StatusOr<WriteResult>>([&](auto done) {
         client.Write(position, {{pages->keys[i], kBlockTokens, absl::MakeSpan(bytes)}},
                      std::move(done));
       });
       if (!written.ok()) return written.status();
+      pages->write_time += Clock::Real()->Now() - start;
       pages->refs.push_back(written->pages[0]);
       for (int record = 0; record < layout.num_records(); ++record) {
         pages->checksums.push_back(RecordChecksum(layout, bytes, record));
@@ -93,11 +103,19 @@ class Pages final {
   std::vector<PageKey> keys;
   std::vector<PageRef> refs;
   std::vector<uint64_t> checksums;  // page by page
+  absl::Duration write_time;        // of all, one after the other
+};
+
+struct ReadFigures {
+  double reads_per_s = 0;
+  double p50_us = 0;  // of a call of `batch` reads
+  double p99_us = 0;
+  size_t batch = 0;
 };
 
 /// Reads random records with `depth` in flight, one batch of `depth / 4` (at least one) a call.
-absl::StatusOr<double> ClientReads(StoreClient& client, const Pages& pages,
-                                   const Settings& settings) {
+absl::StatusOr<ReadFigures> ClientReads(StoreClient& client, const Pages& pages,
+                                        const Settings& settings) {
   const PageLayout& layout = client.layout();
   const size_t batch = std::max<size_t>(1, settings.depth / 4);
   const size_t batches = settings.depth / batch + 1;  // one more than fits: the window stays full
@@ -107,6 +125,7 @@ absl::StatusOr<double> ClientReads(StoreClient& client, const Pages& pages,
     uint64_t done = 0;
     absl::Status status;
     std::mt19937_64 random{2};
+    std::vector<double> call_us;
   } state;
   std::vector<std::vector<std::byte>> landings(batches);
   for (auto& landing : landings) landing.resize(batch * layout.record_bytes());
@@ -124,17 +143,19 @@ absl::StatusOr<double> ClientReads(StoreClient& client, const Pages& pages,
                              .subspan(n * layout.record_bytes(), layout.record_bytes())});
       }
     }
-    client.ReadRecords(std::move(reads), [&, i](absl::Status status) {
-      bool again;
-      {
-        absl::MutexLock lock(&state.mu);
-        if (state.status.ok()) state.status = status;
-        state.done += batch;
-        again = state.status.ok() && Clock::Real()->Now() - start < settings.duration;
-        if (!again) --state.running;
-      }
-      if (again) post(i);
-    });
+    client.ReadRecords(
+        std::move(reads), [&, i, posted = Clock::Real()->Now()](absl::Status status) {
+          bool again;
+          {
+            absl::MutexLock lock(&state.mu);
+            state.call_us.push_back(absl::ToDoubleMicroseconds(Clock::Real()->Now() - posted));
+            if (state.status.ok()) state.status = status;
+            state.done += batch;
+            again = state.status.ok() && Clock::Real()->Now() - start < settings.duration;
+            if (!again) --state.running;
+          }
+          if (again) post(i);
+        });
   };
   state.running = batches;
   for (size_t i = 0; i < batches; ++i) post(i);
@@ -142,7 +163,14 @@ absl::StatusOr<double> ClientReads(StoreClient& client, const Pages& pages,
   const auto idle = [&] { return state.running == 0; };
   state.mu.Await(absl::Condition(&idle));
   if (!state.status.ok()) return state.status;
-  return static_cast<double>(state.done) / absl::ToDoubleSeconds(Clock::Real()->Now() - start);
+  ReadFigures figures;
+  figures.reads_per_s =
+      static_cast<double>(state.done) / absl::ToDoubleSeconds(Clock::Real()->Now() - start);
+  std::sort(state.call_us.begin(), state.call_us.end());
+  figures.p50_us = state.call_us[state.call_us.size() / 2];
+  figures.p99_us = state.call_us[state.call_us.size() * 99 / 100];
+  figures.batch = batch;
+  return figures;
 }
 
 /// Copies of random records out of the arena by memcpy, on one thread.
@@ -198,20 +226,37 @@ absl::StatusOr<double> Lookups(StoreClient& client, const std::vector<PageKey>& 
   return static_cast<double>(state.done) / absl::ToDoubleSeconds(Clock::Real()->Now() - start);
 }
 
-/// Seconds that verifying one record takes.
+/// Seconds that verifying one record takes once it has landed: of copies that are verified, less
+/// those of copies that are not, the middle of several rounds.
 double VerifySeconds(const PageLayout& layout, const KvStoreServer& server,
                      const std::vector<uint64_t>& offsets) {
-  uint64_t sum = 0, count = 0;
-  const absl::Time start = Clock::Real()->Now();
-  while (Clock::Real()->Now() - start < absl::Milliseconds(300)) {
-    sum ^= PageChecksum(
-        PageKey{}, count, 0,
-        server.arena().subspan(offsets[count % offsets.size()], layout.record_bytes()));
-    ++count;
+  std::vector<std::byte> landing(layout.record_bytes());
+  std::vector<double> differences;
+  uint64_t sum = 0;
+  for (int round = 0; round < 9; ++round) {
+    double seconds[2];
+    for (const bool verify : {false, true}) {
+      const absl::Time start = Clock::Real()->Now();
+      for (const uint64_t offset : offsets) {
+        std::memcpy(landing.data(), server.arena().data() + offset, landing.size());
+        if (verify) sum ^= PageChecksum(PageKey{}, offset, 0, landing);
+      }
+      seconds[verify] = absl::ToDoubleSeconds(Clock::Real()->Now() - start) / offsets.size();
+    }
+    differences.push_back(seconds[1] - seconds[0]);
   }
   // Keeps the compiler from dropping the loop.
-  std::atomic<uint64_t> sink(sum);
-  return 0.3 / static_cast<double>(count) + 0 * static_cast<double>(sink.load() & 1);
+  const std::atomic<uint64_t> sink(sum);
+  (void)sink.load();
+  std::nth_element(differences.begin(), differences.begin() + 4, differences.end());
+  return std::max(0.0, differences[4]);
+}
+
+double CpuSeconds() {
+  rusage usage;
+  CHECK(getrusage(RUSAGE_SELF, &usage) == 0);
+  return static_cast<double>(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
+         1e-6 * static_cast<double>(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec);
 }
 
 /// What the bare loop needs to know of the store.
@@ -271,18 +316,24 @@ absl::StatusOr<nlohmann::json> Measure(const std::string& path, const Settings& 
   } else {
     bare = BareCopies(*server, layout, offsets, settings);
   }
-  ASSIGN_OR_RETURN(const double reads, ClientReads(*client, *pages, settings));
+  ASSIGN_OR_RETURN(const ReadFigures reads, ClientReads(*client, *pages, settings));
   const double verify = VerifySeconds(layout, *server, offsets);
   const double gigabytes = static_cast<double>(layout.record_bytes()) / 1e9;
-  return nlohmann::json{{"path", path},
-                        {"record_bytes", layout.record_bytes()},
-                        {"depth", settings.depth},
-                        {"reads_per_s", reads},
-                        {"gb_per_s", reads * gigabytes},
-                        {"bare", is_ucx ? "ucp_get loop" : "memcpy loop"},
-                        {"bare_gb_per_s", bare * gigabytes},
-                        {"fraction_of_bare", reads / bare},
-                        {"verify_cost", verify * reads}};
+  return nlohmann::json{
+      {"transport", path},
+      {"record_bytes", layout.record_bytes()},
+      {"depth", settings.depth},
+      {"reads_per_s", reads.reads_per_s},
+      {"gb_per_s", reads.reads_per_s * gigabytes},
+      {"bare", is_ucx ? "ucp_get loop" : "memcpy loop"},
+      {"bare_gb_per_s", bare * gigabytes},
+      {is_ucx ? "fraction_of_bare_ucx" : "fraction_of_bare_copy", reads.reads_per_s / bare},
+      {"reads_per_call", reads.batch},
+      {"call_p50_us", reads.p50_us},
+      {"call_p99_us", reads.p99_us},
+      {"put_gb_per_s", 1e-9 * static_cast<double>(layout.page_bytes()) * settings.pages /
+                           absl::ToDoubleSeconds(pages->write_time)},
+      {"verify_cost", verify * reads.reads_per_s}};
 }
 
 absl::StatusOr<nlohmann::json> MeasureLookups(const std::string& path, const Settings& settings) {
@@ -298,16 +349,24 @@ absl::StatusOr<nlohmann::json> MeasureLookups(const std::string& path, const Set
   ASSIGN_OR_RETURN(const std::unique_ptr<GrpcStoreClient> client, GrpcStoreClient::Create(options));
   constexpr int kKeys = 128;  // a prompt of 8K tokens
   ASSIGN_OR_RETURN(const std::unique_ptr<Pages> pages, Pages::Write(*client, kKeys));
+  const double cpu_start = CpuSeconds();
+  const absl::Time start = Clock::Real()->Now();
   ASSIGN_OR_RETURN(const double chains, Lookups(*client, pages->keys, settings));
+  const double cores =
+      (CpuSeconds() - cpu_start) / absl::ToDoubleSeconds(Clock::Real()->Now() - start);
   ASSIGN_OR_RETURN(const double single, Lookups(*client, {pages->keys[0]}, settings));
-  return nlohmann::json{{"channel", path},
-                        {"chains_of_128_keys_per_s", chains},
+  // Server and client together: what the client takes counts against the store.
+  return nlohmann::json{{"transport", absl::StrCat("lookup:", path)},
+                        {"keys_per_call", kKeys},
+                        {"calls_per_s", chains},
                         {"keys_per_s", chains * kKeys},
-                        {"single_key_lookups_per_s", single}};
+                        {"cores", cores},
+                        {"lookups_per_s_core", chains * kKeys / cores},
+                        {"single_key_calls_per_s", single}};
 }
 
-absl::Status Run() {
-  RETURN_IF_ERROR(InitLogging("nosara-bench-kvstore", "warning"));
+absl::Status Run(const std::string& command) {
+  RETURN_IF_ERROR(InitLogging("nosara-bench-store", "warning"));
   Settings settings;
   settings.duration = absl::GetFlag(FLAGS_duration);
   if (absl::GetFlag(FLAGS_depth) < 1 || absl::GetFlag(FLAGS_depth) > 1024) {
@@ -318,28 +377,41 @@ absl::Status Run() {
   }
   settings.depth = static_cast<size_t>(absl::GetFlag(FLAGS_depth));
   settings.pages = absl::GetFlag(FLAGS_pages);
-  nlohmann::json all;
-  std::printf("%-14s %12s %8s %10s %10s %8s\n", "path", "records/s", "GB/s", "bare GB/s", "of bare",
-              "verify");
+  nlohmann::json all = nlohmann::json::array();
+  const auto add = [&all, &command](nlohmann::json row) {
+    row["commit"] = absl::GetFlag(FLAGS_commit);
+    row["command"] = command;
+    all.push_back(std::move(row));
+  };
+  std::printf("%-14s %10s %6s %10s %8s %8s %8s %7s %9s\n", "path", "records/s", "GB/s", "bare GB/s",
+              "of bare", "p50 us", "p99 us", "verify", "put GB/s");
   for (std::string path : absl::GetFlag(FLAGS_paths)) {
     for (char& c : path) c = c == ';' ? ',' : c;
     ASSIGN_OR_RETURN(const nlohmann::json row, Measure(path, settings));
-    std::printf("%-14s %12.0f %8.2f %10.2f %9.0f%% %7.1f%%\n", path.c_str(),
-                row["reads_per_s"].get<double>(), row["gb_per_s"].get<double>(),
-                row["bare_gb_per_s"].get<double>(), 100 * row["fraction_of_bare"].get<double>(),
-                100 * row["verify_cost"].get<double>());
-    all["reads"].push_back(row);
+    const double rate = row["gb_per_s"].get<double>();
+    const double bare = row["bare_gb_per_s"].get<double>();
+    std::printf("%-14s %10.0f %6.2f %10.2f %7.0f%% %8.0f %8.0f %6.1f%% %9.2f\n", path.c_str(),
+                row["reads_per_s"].get<double>(), rate, bare, 100 * rate / bare,
+                row["call_p50_us"].get<double>(), row["call_p99_us"].get<double>(),
+                100 * row["verify_cost"].get<double>(), row["put_gb_per_s"].get<double>());
+    add(row);
   }
   for (const std::string channel : {"in-process", "tcp"}) {
     ASSIGN_OR_RETURN(const nlohmann::json row, MeasureLookups(channel, settings));
-    std::printf("lookups over %-10s %8.0f/s of one key; %8.0f/s of 128 keys = %.0f keys/s\n",
-                channel.c_str(), row["single_key_lookups_per_s"].get<double>(),
-                row["chains_of_128_keys_per_s"].get<double>(), row["keys_per_s"].get<double>());
-    all["lookups"].push_back(row);
+    std::printf(
+        "lookups over %-10s %8.0f calls/s of one key; %8.0f/s of 128 keys: %.0f keys/s on "
+        "%.1f cores\n",
+        channel.c_str(), row["single_key_calls_per_s"].get<double>(),
+        row["calls_per_s"].get<double>(), row["keys_per_s"].get<double>(),
+        row["cores"].get<double>());
+    add(row);
   }
   if (const std::string file = absl::GetFlag(FLAGS_json); !file.empty()) {
     std::ofstream out(file);
-    out << all.dump(2) << "\n";
+    for (size_t i = 0; i < all.size(); ++i) {
+      out << (i == 0 ? "[\n  " : ",\n  ") << all[i].dump();
+    }
+    out << "\n]\n";
     out.close();
     if (!out) return absl::UnavailableError(absl::StrCat("--json: cannot write ", file));
   }
@@ -350,9 +422,11 @@ absl::Status Run() {
 }  // namespace nosara::kvstore
 
 int main(int argc, char** argv) {
+  const std::string command =
+      absl::StrCat("nosara-bench-store ", absl::StrJoin(argv + 1, argv + argc, " "));
   return nosara::RunProgram(
       argc, argv,
-      {"nosara-bench-kvstore", "Measures reads and lookups of a KV store in this process.",
+      {"nosara-bench-store", "Measures reads and lookups of a KV store in this process.",
        "tests/kvstore/bench/main.cc"},
-      nosara::kvstore::Run);
+      [&command] { return nosara::kvstore::Run(command); });
 }
