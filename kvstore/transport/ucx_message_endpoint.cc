@@ -6,6 +6,8 @@
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "kvstore/transport/ucx_connection.h"
@@ -58,6 +60,7 @@ class UcxMessageEndpoint final : public UcxEndpoint {
   void Send(UcxMessageId id, const UcxMessageHeader& header, absl::Span<const std::byte> payload);
   void FinishSend(Message* message, absl::Status status);
   void FinishIfDone(uint64_t operation);
+  void AwaitAnswer();
 
   const ArenaAddress arena_;
   std::unique_ptr<UcxConnection> connection_;  // none once closed
@@ -67,6 +70,7 @@ class UcxMessageEndpoint final : public UcxEndpoint {
   uint64_t next_operation_ = 1;
   absl::flat_hash_map<uint64_t, Operation> operations_;
   size_t in_flight_ = 0;  // messages in UCX's hands
+  bool answered_ = false;
   std::vector<std::unique_ptr<Message>> all_messages_;
   std::vector<Message*> free_messages_;
 };
@@ -187,8 +191,10 @@ ucs_status_t UcxMessageEndpoint::OnReply(void* self, const void* header, size_t 
 
 void UcxMessageEndpoint::HandleReply(const UcxMessageHeader& header, const void* data,
                                      size_t bytes) {
+  if (header.client != client_) return;
+  answered_ = true;
   const auto found = operations_.find(header.operation);
-  if (found == operations_.end() || header.client != client_) return;
+  if (found == operations_.end()) return;
   Operation& operation = found->second;
   if (operation.replies_missing == 0) return;
   --operation.replies_missing;
@@ -218,8 +224,25 @@ void UcxMessageEndpoint::FinishIfDone(uint64_t number) {
   operation.transfer->Done(std::move(operation.status));
 }
 
+void UcxMessageEndpoint::AwaitAnswer() {
+  // UCX 1.13 ends the process of a peer that is still connecting back to us over TCP when we go
+  // away (an assertion in ucp_request_send_state_ff). Once it has answered it has connected.
+  constexpr absl::Duration kPatience = absl::Milliseconds(500);
+  if (answered_ || !connection_->status().ok()) return;
+  UcxMessageHeader header;
+  header.client = client_;
+  header.operation = next_operation_++;
+  header.bytes = 1;
+  Send(kUcxRead, header, {});
+  const absl::Time end = absl::Now() + kPatience;
+  while (!answered_ && connection_->status().ok() && absl::Now() < end) {
+    connection_->worker().Progress();
+  }
+}
+
 void UcxMessageEndpoint::Close() {
   if (connection_ == nullptr) return;
+  AwaitAnswer();
   closed_ = connection_->status();
   if (closed_.ok()) {
     closed_ = absl::CancelledError(absl::StrCat("store ", arena_.name, ": endpoint is closed"));

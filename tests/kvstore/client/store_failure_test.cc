@@ -384,6 +384,24 @@ TEST(ProgramTest, StopsGracefullyAndRemovesItsArena) {
   EXPECT_NE(access(arena.c_str(), F_OK), 0) << arena;
 }
 
+// UCX 1.13 aborts a process whose peer goes away while it connects back over TCP.
+TEST(ProgramTest, ClientsThatLeaveAtOnceDoNotEndTheStore) {
+  Program store(kBinary, Flags("127.0.0.1:0"));
+  ASSERT_NE(store.address(), "") << store.announcement();
+  TestChain chain(TestLayout(), 1, 1);
+  for (int i = 0; i < 30; ++i) {
+    GrpcStoreClientOptions options = ClientOf(store.address());
+    options.data_path = DataPath::kUcx;
+    options.ucx_tls = "tcp";
+    const auto client = MakeClient(options);
+    // Connected, and no byte read.
+    ASSERT_OK_AND_ASSIGN(const LookupResult found, Lookup(*client, chain.keys));
+    EXPECT_TRUE(found.pages.empty());
+  }
+  store.Signal(SIGTERM);
+  EXPECT_EQ(store.Wait(), 0);
+}
+
 TEST(ProgramTest, ACrashedStoresArenaIsRemovedByTheNext) {
   // A folder of its own: any store that starts on this machine would clear up the common one.
   char folder[] = "/dev/shm/nosara-test-XXXXXX";
