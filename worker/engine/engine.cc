@@ -299,6 +299,10 @@ void Engine::AdmitQueued() {
     queue_.pop_front();
     waiting_.fetch_sub(1, std::memory_order_relaxed);
     sequence.in_backend = true;
+    if (sequence.recoveries == 0) {
+      // Stores that all are gone for a moment fail nobody.
+      sequence.lookup_until = clock_->Now() + options_.store_patience;
+    }
     running_.push_back(sequence.handle);
     LookUp(sequence);
   }

@@ -426,7 +426,7 @@ TEST_F(EngineTest, NoStoreServesWhatFitsAndRefusesTheRest) {
   store_->SetWriteFault(FakeStore::Fault::kUnavailable);
   EXPECT_EQ(Generate(*worker.engine, MakeRequest(Prompt(150, 14), 20)).size(), 20u);
   const auto sink = Start(*worker.engine, MakeRequest(Prompt(1000, 15), 20));
-  sink->Wait();
+  AwaitWithTime(*worker.engine, *sink, absl::Milliseconds(100));
   EXPECT_THAT(sink->status(), StatusIs(absl::StatusCode::kUnavailable, "KV store"));
 }
 
