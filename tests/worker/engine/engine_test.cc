@@ -430,6 +430,23 @@ TEST_F(EngineTest, NoStoreServesWhatFitsAndRefusesTheRest) {
   EXPECT_THAT(sink->status(), StatusIs(absl::StatusCode::kUnavailable, "KV store"));
 }
 
+TEST_F(EngineTest, StoresGoneForAMomentFailNoNewRequest) {
+  Worker worker = MakeWorker(kFewSlots, 4);
+  const auto expected = Generate(*worker.engine, MakeRequest(Prompt(1000, 15), 4));
+  WaitIdle(*worker.engine, *store_);
+  store_->SetLookupFault(FakeStore::Fault::kUnavailable);
+  const auto sink = Start(*worker.engine, MakeRequest(Prompt(1000, 15), 4));
+  for (int i = 0; i < 5; ++i) {
+    EXPECT_FALSE(sink->EndsWithin(absl::Milliseconds(2)));
+    clock_.Advance(absl::Milliseconds(200));
+    Wake(*worker.engine);
+  }
+  store_->SetLookupFault(FakeStore::Fault::kNone);
+  AwaitWithTime(*worker.engine, *sink, absl::Milliseconds(100));
+  EXPECT_OK(sink->status());
+  EXPECT_EQ(sink->tokens(), expected);
+}
+
 TEST_F(EngineTest, DamagedRecordsAreComputedAgain) {
   Worker worker = MakeWorker(kFewSlots);
   const auto expected = Generate(*worker.engine, MakeRequest(Prompt(1000, 16), 4));
