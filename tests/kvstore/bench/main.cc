@@ -10,7 +10,6 @@
 #include <atomic>
 #include <cstdio>
 #include <cstring>
-#include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -32,6 +31,7 @@
 #include "kvstore/client/control_client.h"
 #include "kvstore/client/grpc_store_client.h"
 #include "kvstore/server/kvstore_server.h"
+#include "tests/kvstore/bench/bench_report.h"
 #include "tests/kvstore/bench/ucx_bare_loop.h"
 
 ABSL_FLAG(absl::Duration, duration, absl::Seconds(2), "How long each figure is measured.");
@@ -52,18 +52,6 @@ struct Settings {
   size_t depth = 0;
   int pages = 0;
 };
-
-template <typename T, typename Start>
-T Await(Start start) {
-  absl::Notification done;
-  std::optional<T> result;
-  start([&](T value) {
-    result.emplace(std::move(value));
-    done.Notify();
-  });
-  done.WaitForNotification();
-  return *std::move(result);
-}
 
 /// Pages of random bytes, written to the store through `client`.
 class Pages final {
@@ -377,7 +365,7 @@ absl::Status Run(const std::string& command) {
   }
   settings.depth = static_cast<size_t>(absl::GetFlag(FLAGS_depth));
   settings.pages = absl::GetFlag(FLAGS_pages);
-  nlohmann::json all = nlohmann::json::array();
+  std::vector<nlohmann::json> all;
   const auto add = [&all, &command](nlohmann::json row) {
     row["commit"] = absl::GetFlag(FLAGS_commit);
     row["command"] = command;
@@ -406,16 +394,7 @@ absl::Status Run(const std::string& command) {
         row["cores"].get<double>());
     add(row);
   }
-  if (const std::string file = absl::GetFlag(FLAGS_json); !file.empty()) {
-    std::ofstream out(file);
-    for (size_t i = 0; i < all.size(); ++i) {
-      out << (i == 0 ? "[\n  " : ",\n  ") << all[i].dump();
-    }
-    out << "\n]\n";
-    out.close();
-    if (!out) return absl::UnavailableError(absl::StrCat("--json: cannot write ", file));
-  }
-  return absl::OkStatus();
+  return WriteRows(absl::GetFlag(FLAGS_json), all);
 }
 
 }  // namespace

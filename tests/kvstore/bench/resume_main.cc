@@ -4,7 +4,6 @@
 // The store is in this process; its bytes come by the path that --path names.
 #include <algorithm>
 #include <cstdio>
-#include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -22,6 +21,7 @@
 #include "base/status_macros.h"
 #include "kvstore/client/grpc_store_client.h"
 #include "kvstore/server/kvstore_server.h"
+#include "tests/kvstore/bench/bench_report.h"
 #include "worker/backend/cpu/cpu_backend.h"
 #include "worker/engine/engine.h"
 #include "worker/model/checkpoint.h"
@@ -47,18 +47,6 @@ using worker::Engine;
 using worker::EngineOptions;
 using worker::Request;
 using worker::SampledToken;
-
-template <typename T, typename Start>
-T Await(Start start) {
-  absl::Notification done;
-  std::optional<T> result;
-  start([&](T value) {
-    result.emplace(std::move(value));
-    done.Notify();
-  });
-  done.WaitForNotification();
-  return *std::move(result);
-}
 
 double MsSince(absl::Time start) {
   return absl::ToDoubleMilliseconds(Clock::Real()->Now() - start);
@@ -332,16 +320,7 @@ absl::Status Run(const std::string& command) {
     ASSIGN_OR_RETURN(nlohmann::json large, MeasureLarge());
     add(std::move(large));
   }
-  if (const std::string file = absl::GetFlag(FLAGS_json); !file.empty()) {
-    std::ofstream out(file);
-    for (size_t i = 0; i < rows.size(); ++i) {
-      out << (i == 0 ? "[\n  " : ",\n  ") << rows[i].dump();
-    }
-    out << "\n]\n";
-    out.close();
-    if (!out) return absl::UnavailableError(absl::StrCat("json: cannot write '", file, "'"));
-  }
-  return absl::OkStatus();
+  return WriteRows(absl::GetFlag(FLAGS_json), rows);
 }
 
 }  // namespace
