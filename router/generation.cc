@@ -73,8 +73,12 @@ void RouterCore::AwaitIdle() const {
   mu_.Await(absl::Condition(&idle));
 }
 
-Generation::Generation(RouterCore* core, Sink* sink, absl::Time deadline)
-    : open_(core), core_(core), sink_(sink), deadline_(deadline), arrival_(core->clock->Now()) {}
+Generation::Generation(RouterCore* core, Sink* sink, RequestOrigin origin)
+    : open_(core),
+      core_(core),
+      sink_(sink),
+      origin_(std::move(origin)),
+      arrival_(core->clock->Now()) {}
 
 void Generation::Start(ReadRequest read_request) {
   if (core_->open_requests() > core_->max_open_requests) {
@@ -156,7 +160,7 @@ void Generation::Place() {
   worker_id_ = cluster.workers[*choice].load.worker_id;
   worker_->OnOpened(facts_.prompt_tokens);
   const std::shared_ptr<WorkerCall> call =
-      worker_->client().Execute(execute_, deadline_, shared_from_this());
+      worker_->client().Execute(execute_, origin_.deadline, shared_from_this());
   bool cancelled = false;
   {
     absl::MutexLock lock(&mu_);

@@ -64,6 +64,23 @@ class RouterCore final {
   int open_requests_ ABSL_GUARDED_BY(mu_) = 0;
 };
 
+/// Where a request comes from, as its front (gRPC, HTTP) heard it. What it means - who the tenant
+/// is, whether the request may run, which trace it belongs to - is decided in one place for all
+/// fronts, behind this.
+struct RequestOrigin {
+  // "grpc" or "http".
+  std::string protocol;
+  // Address of the peer, for the access log.
+  std::string peer;
+  // Value of the header `authorization`; "" if there was none.
+  std::string authorization;
+  // Values of the W3C headers `traceparent` and `tracestate`; "" if there were none.
+  std::string traceparent;
+  std::string tracestate;
+  // When the client gives up: wall-clock time or InfiniteFuture().
+  absl::Time deadline = absl::InfiniteFuture();
+};
+
 /// The limits of `model` among the workers that can be used: the longest context. UNAVAILABLE when
 /// there is none.
 absl::StatusOr<ModelLimits> LimitsOf(const ClusterSnapshot& cluster, const std::string& model);
@@ -92,8 +109,8 @@ class Generation final : public WorkerCallObserver,
 
   static constexpr size_t kMaxQueuedResponses = 32;
 
-  /// `core` outlives this object. `deadline`: wall-clock time or InfiniteFuture().
-  Generation(RouterCore* core, Sink* sink, absl::Time deadline);
+  /// `core` outlives this object.
+  Generation(RouterCore* core, Sink* sink, RequestOrigin origin);
 
   /// Starts the request that `read_request`, run in the pool, gives. Call once.
   void Start(ReadRequest read_request);
@@ -124,7 +141,7 @@ class Generation final : public WorkerCallObserver,
   // Constant after construction.
   RouterCore* const core_;
   Sink* const sink_;
-  const absl::Time deadline_;
+  const RequestOrigin origin_;
   const absl::Time arrival_;
 
   // Owned by the flow of the request: first the pool's task, then the worker's events, one after

@@ -30,10 +30,24 @@ grpc::Status ToGrpcStatus(const absl::Status& status, grpc::CallbackServerContex
   return {static_cast<grpc::StatusCode>(status.code()), std::string(status.message())};
 }
 
-absl::Time DeadlineOf(const grpc::CallbackServerContext& context) {
+std::string Metadata(const grpc::CallbackServerContext& context, const char* name) {
+  const auto found = context.client_metadata().find(name);
+  if (found == context.client_metadata().end()) return "";
+  return std::string(found->second.data(), found->second.size());
+}
+
+RequestOrigin OriginOf(const grpc::CallbackServerContext& context) {
+  RequestOrigin origin;
+  origin.protocol = "grpc";
+  origin.peer = context.peer();
+  origin.authorization = Metadata(context, "authorization");
+  origin.traceparent = Metadata(context, "traceparent");
+  origin.tracestate = Metadata(context, "tracestate");
   const std::chrono::system_clock::time_point deadline = context.deadline();
-  if (deadline == std::chrono::system_clock::time_point::max()) return absl::InfiniteFuture();
-  return absl::FromChrono(deadline);
+  if (deadline != std::chrono::system_clock::time_point::max()) {
+    origin.deadline = absl::FromChrono(deadline);
+  }
+  return origin;
 }
 
 // The bytes of a request; `bytes` must live as long as it is used.
@@ -58,7 +72,7 @@ class GenerateReactor final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
                   const grpc::ByteBuffer* request)
       : context_(context),
         generation_(
-            std::make_shared<Generation>(core, static_cast<Sink*>(this), DeadlineOf(*context))) {
+            std::make_shared<Generation>(core, static_cast<Sink*>(this), OriginOf(*context))) {
     // gRPC keeps `request` until the call has finished; the pool's task runs before that, or finds
     // the request cancelled: it copies the (reference-counted) buffer to be independent of it.
     generation_->Start([bytes = *request]() -> absl::StatusOr<GenerateRequest> {

@@ -114,7 +114,7 @@ class GenerationTest : public ::testing::Test {
   }
 
   std::shared_ptr<Generation> Start(ManualSink* sink) {
-    auto generation = std::make_shared<Generation>(core_.get(), sink, absl::InfiniteFuture());
+    auto generation = std::make_shared<Generation>(core_.get(), sink, RequestOrigin{});
     generation->Start([] {
       GenerateRequest request;
       request.set_text("Hello");
