@@ -129,6 +129,8 @@ class Bench final {
     T* memory = Allocate<T>(values.size());
     BENCH_CUDA(
         cudaMemcpy(memory, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+    // Its last bytes may still be on their way, and the benchmarks' stream does not wait for them.
+    BENCH_CUDA(cudaStreamSynchronize(nullptr));
     return memory;
   }
   template <typename T>

@@ -245,9 +245,7 @@ class Bench {
       const int pairs = one.batch * view.records;
       const std::vector<int32_t> rings = MakeRings(model.nosa, pairs, blocks_);
       ASSIGN_OR_RETURN(rings_, DeviceArray<int32_t>::Create(rings.size(), "trace"));
-      RETURN_IF_ERROR(CudaStatus(
-          cudaMemcpy(rings_.data(), rings.data(), rings_.bytes(), cudaMemcpyHostToDevice),
-          "trace"));
+      RETURN_IF_ERROR(CopyToDevice(rings_.data(), rings.data(), rings_.bytes(), "trace"));
       step.replay_rings = rings_.data();
       step.replay_rows = one.batch;
       step.replay_ring_blocks = static_cast<int>(rings.size()) / pairs;
@@ -314,10 +312,8 @@ class Bench {
     pattern_ = Pattern((size_t{8} << 20) + 1021, 5);
     const size_t pattern_bytes = pattern_.size() * sizeof(Bf16);
     for (size_t begin = 0; begin < bytes; begin += pattern_bytes) {
-      RETURN_IF_ERROR(
-          CudaStatus(cudaMemcpy(cache_->view().slots + begin, pattern_.data(),
-                                std::min(pattern_bytes, bytes - begin), cudaMemcpyHostToDevice),
-                     "filling the cache"));
+      RETURN_IF_ERROR(CopyToDevice(cache_->view().slots + begin, pattern_.data(),
+                                   std::min(pattern_bytes, bytes - begin), "filling the cache"));
     }
     return absl::OkStatus();
   }
@@ -336,10 +332,8 @@ class Bench {
     const size_t offsets = pattern_.size() - frame_bytes / sizeof(Bf16);
     for (size_t i = 0; i < frames.size(); ++i) {
       const size_t offset = (sequence * 7919 + i * 104729) % offsets;
-      RETURN_IF_ERROR(
-          CudaStatus(cudaMemcpy(view.slots + frames[i] * frame_bytes, pattern_.data() + offset,
-                                frame_bytes, cudaMemcpyHostToDevice),
-                     "index frames"));
+      RETURN_IF_ERROR(CopyToDevice(view.slots + frames[i] * frame_bytes, pattern_.data() + offset,
+                                   frame_bytes, "index frames"));
     }
     return absl::OkStatus();
   }
@@ -467,9 +461,7 @@ absl::StatusOr<double> MeasureMatrixRate(cudaStream_t stream) {
   const std::vector<Bf16> pattern = Pattern(size_t{kSize} * kSize, 21);
   ASSIGN_OR_RETURN(const auto x, DeviceArray<__nv_bfloat16>::Create(pattern.size(), "limits"));
   ASSIGN_OR_RETURN(const auto y, DeviceArray<float>::Create(pattern.size(), "limits"));
-  RETURN_IF_ERROR(CudaStatus(
-      cudaMemcpy(x.data(), pattern.data(), pattern.size() * sizeof(Bf16), cudaMemcpyHostToDevice),
-      "limits"));
+  RETURN_IF_ERROR(CopyToDevice(x.data(), pattern.data(), pattern.size() * sizeof(Bf16), "limits"));
   RETURN_IF_ERROR(matmul->Prepare(kSize, kSize, kSize, false, CudaMatMul::Tuning::kTimed, stream));
   absl::Status status;
   ASSIGN_OR_RETURN(const double seconds, Seconds(stream, [&] {

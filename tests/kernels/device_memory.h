@@ -64,6 +64,8 @@ class DeviceArray final {
     ASSERT_EQ(values.size(), count_);
     if (count_ == 0) return;
     CHECK_CUDA(cudaMemcpy(data(), values.data(), bytes(), cudaMemcpyHostToDevice));
+    // Its last bytes may still be on their way, and the tests' streams do not wait for them.
+    CHECK_CUDA(cudaStreamSynchronize(nullptr));
   }
   std::vector<T> Download() const {
     std::vector<T> values(count_);

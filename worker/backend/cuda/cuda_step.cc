@@ -208,9 +208,7 @@ absl::Status CudaStep::Allocate() {
   for (size_t i = 0; i < half; ++i) {
     inverse[i] = std::pow(model_.rope_theta, -static_cast<double>(i) / half);
   }
-  return CudaStatus(cudaMemcpy(inverse_frequencies_.data(), inverse.data(), half * sizeof(double),
-                               cudaMemcpyHostToDevice),
-                    "RoPE");
+  return CopyToDevice(inverse_frequencies_.data(), inverse.data(), half * sizeof(double), "RoPE");
 }
 
 int CudaStep::ScoreRows(int blocks) const {

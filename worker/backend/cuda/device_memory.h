@@ -26,6 +26,15 @@ inline absl::Status CudaStatus(cudaError_t error, absl::string_view what) {
   return absl::InternalError(message);
 }
 
+/// Copies host memory to the device; every stream sees it when this returns. cudaMemcpy alone may
+/// return while its last bytes, staged through pinned memory, are still on their way, and the
+/// streams here do not wait for the default stream.
+inline absl::Status CopyToDevice(void* to, const void* from, size_t bytes, absl::string_view what) {
+  const absl::Status status = CudaStatus(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), what);
+  if (!status.ok()) return status;
+  return CudaStatus(cudaStreamSynchronize(nullptr), what);
+}
+
 /// An array in device memory. Movable; not thread-safe.
 template <typename T>
 class DeviceArray final {

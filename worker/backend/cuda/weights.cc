@@ -19,9 +19,8 @@ absl::Span<const std::byte> BytesOf(const std::vector<T>& values) {
 
 template <typename T>
 absl::Status Upload(DeviceArray<T>& to, size_t offset, absl::Span<const std::byte> from) {
-  return CudaStatus(cudaMemcpy(reinterpret_cast<std::byte*>(to.data()) + offset, from.data(),
-                               from.size(), cudaMemcpyHostToDevice),
-                    "copying weights to the device");
+  return CopyToDevice(reinterpret_cast<std::byte*>(to.data()) + offset, from.data(), from.size(),
+                      "copying weights to the device");
 }
 
 /// Matrices stacked by rows.
