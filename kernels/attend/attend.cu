@@ -167,8 +167,8 @@ __global__ void __launch_bounds__(kThreads + (fetches ? 32 : 0), 2)
       const Stage<dim>& stage = stages[i % kStages];
       const int valid = info.position - blocks[entry] * kBlockTokens + 1 - warp * kWarpTokens;
       if (valid > 0) {
-        state.Add(q, stage.k, stage.v, 0, p.bias == AttendBias::kCache ? stage.c : nullptr, valid,
-                  scale);
+        AddTokens<dim, 1>(&state, &q, stage.k, stage.v, 0,
+                          p.bias == AttendBias::kCache ? stage.c : nullptr, &valid, scale);
       }
       __syncwarp();
     };

@@ -36,72 +36,6 @@ struct SoftmaxState {
   float sum[2] = {0, 0};  // of this lane's columns alone, until Finish
   float output[dim / 8][4] = {};
 
-  /// Adds 16 tokens whose keys and values lie swizzled in shared memory: `k`, `v` are tiles of
-  /// rows of dim / 8 chunks, the tokens' first row is `first_row`. `bias`: c of the first of them,
-  /// or null. Tokens from `valid` on are masked (their values must be finite).
-  __device__ void Add(const QueryRows<dim>& q, const uint4* k, const uint4* v, int first_row,
-                      const float* bias, int valid, float scale) {
-    constexpr int kChunks = dim / 8;
-    const int lane = threadIdx.x % 32;
-    float scores[2][4] = {};
-#pragma unroll
-    for (int step = 0; step < dim / 16; ++step) {
-      uint32_t keys[4];
-      LoadMatrix4(keys, SharedAddress(k + Swizzled<kChunks>(first_row + lane / 16 * 8 + lane % 8,
-                                                            2 * step + lane / 8 % 2)));
-      MultiplyAdd(scores[0], q.tiles[step], keys[0], keys[1]);
-      MultiplyAdd(scores[1], q.tiles[step], keys[2], keys[3]);
-    }
-    float now[2] = {most[0], most[1]};
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = n * 8 + 2 * (lane % 4) + i % 2;
-        float& x = scores[n][i];
-        x *= scale;
-        if (bias != nullptr) x += bias[token];
-        if (token >= valid) x = -INFINITY;
-        now[i / 2] = fmaxf(now[i / 2], x);
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      now[r] = fmaxf(now[r], __shfl_xor_sync(kAllLanes, now[r], 1));
-      now[r] = fmaxf(now[r], __shfl_xor_sync(kAllLanes, now[r], 2));
-      // Nothing but masked tokens so far: any finite reference serves.
-      const float reference = now[r] == -INFINITY ? 0.0f : now[r];
-      const float rescale = __expf(most[r] - reference);
-      most[r] = now[r];
-      sum[r] *= rescale;
-#pragma unroll
-      for (int j = 0; j < dim / 8; ++j) {
-        output[j][2 * r] *= rescale;
-        output[j][2 * r + 1] *= rescale;
-      }
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = scores[n][2 * r + i];
-          x = __expf(x - reference);
-          sum[r] += x;
-        }
-      }
-    }
-    const uint32_t weights[4] = {
-        PackBf16(scores[0][0], scores[0][1]), PackBf16(scores[0][2], scores[0][3]),
-        PackBf16(scores[1][0], scores[1][1]), PackBf16(scores[1][2], scores[1][3])};
-#pragma unroll
-    for (int j = 0; j < dim / 16; ++j) {
-      uint32_t values[4];
-      LoadMatrix4Transposed(
-          values, SharedAddress(v + Swizzled<kChunks>(first_row + lane % 16, 2 * j + lane / 16)));
-      MultiplyAdd(output[2 * j], weights, values[0], values[1]);
-      MultiplyAdd(output[2 * j + 1], weights, values[2], values[3]);
-    }
-  }
-
   /// Completes the sums over the lanes of each row.
   __device__ void Finish() {
 #pragma unroll
@@ -111,6 +45,105 @@ struct SoftmaxState {
     }
   }
 };
+
+/// Adds 16 tokens whose keys and values lie swizzled in shared memory to `tiles` states, each with
+/// 16 query rows of its own: what is read from shared memory serves all of them. `k`, `v` are tiles
+/// of rows of dim / 8 chunks, the tokens' first row is `first_row`. `bias`: c of the first of them,
+/// 8-byte aligned, or null. For states[t], tokens from valid[t] on are masked (their values must be
+/// finite).
+template <int dim, int tiles>
+__device__ void AddTokens(SoftmaxState<dim>* states, const QueryRows<dim>* q, const uint4* k,
+                          const uint4* v, int first_row, const float* bias, const int* valid,
+                          float scale) {
+  constexpr int kChunks = dim / 8;
+  const int lane = threadIdx.x % 32;
+  float scores[tiles][2][4] = {};
+#pragma unroll
+  for (int step = 0; step < dim / 16; ++step) {
+    uint32_t keys[4];
+    LoadMatrix4(keys, SharedAddress(k + Swizzled<kChunks>(first_row + lane / 16 * 8 + lane % 8,
+                                                          2 * step + lane / 8 % 2)));
+#pragma unroll
+    for (int t = 0; t < tiles; ++t) {
+      MultiplyAdd(scores[t][0], q[t].tiles[step], keys[0], keys[1]);
+      MultiplyAdd(scores[t][1], q[t].tiles[step], keys[2], keys[3]);
+    }
+  }
+  float c[2][2] = {};
+  if (bias != nullptr) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float2 pair = *reinterpret_cast<const float2*>(bias + n * 8 + 2 * (lane % 4));
+      c[n][0] = pair.x;
+      c[n][1] = pair.y;
+    }
+  }
+  uint32_t weights[tiles][4];
+#pragma unroll
+  for (int t = 0; t < tiles; ++t) {
+    SoftmaxState<dim>& state = states[t];
+    float now[2] = {state.most[0], state.most[1]};
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& x = scores[t][n][i];
+        x = x * scale + c[n][i % 2];
+        if (n * 8 + 2 * (lane % 4) + i % 2 >= valid[t]) x = -INFINITY;
+        now[i / 2] = fmaxf(now[i / 2], x);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      now[r] = fmaxf(now[r], __shfl_xor_sync(kAllLanes, now[r], 1));
+      now[r] = fmaxf(now[r], __shfl_xor_sync(kAllLanes, now[r], 2));
+    }
+    // Once the largest score was seen, which is soon, there is nothing to rescale.
+    if (__any_sync(kAllLanes, now[0] != state.most[0] || now[1] != state.most[1])) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        // Nothing but masked tokens so far: there is nothing to rescale, either.
+        const float rescale = now[r] == -INFINITY ? 1.0f : __expf(state.most[r] - now[r]);
+        state.most[r] = now[r];
+        state.sum[r] *= rescale;
+#pragma unroll
+        for (int j = 0; j < dim / 8; ++j) {
+          state.output[j][2 * r] *= rescale;
+          state.output[j][2 * r + 1] *= rescale;
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      // Nothing but masked tokens so far: any finite reference serves.
+      const float reference = now[r] == -INFINITY ? 0.0f : now[r];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& x = scores[t][n][2 * r + i];
+          x = __expf(x - reference);
+          state.sum[r] += x;
+        }
+      }
+    }
+    weights[t][0] = PackBf16(scores[t][0][0], scores[t][0][1]);
+    weights[t][1] = PackBf16(scores[t][0][2], scores[t][0][3]);
+    weights[t][2] = PackBf16(scores[t][1][0], scores[t][1][1]);
+    weights[t][3] = PackBf16(scores[t][1][2], scores[t][1][3]);
+  }
+#pragma unroll
+  for (int j = 0; j < dim / 16; ++j) {
+    uint32_t values[4];
+    LoadMatrix4Transposed(
+        values, SharedAddress(v + Swizzled<kChunks>(first_row + lane % 16, 2 * j + lane / 16)));
+#pragma unroll
+    for (int t = 0; t < tiles; ++t) {
+      MultiplyAdd(states[t].output[2 * j], weights[t], values[0], values[1]);
+      MultiplyAdd(states[t].output[2 * j + 1], weights[t], values[2], values[3]);
+    }
+  }
+}
 
 /// As CopyAsync16, or 16 zero bytes where `exists` is false (then nothing is read).
 __device__ inline void CopyAsync16OrZero(uint32_t shared, const void* global, bool exists) {

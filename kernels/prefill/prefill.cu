@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/common/attention.cuh"
@@ -9,9 +10,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-static_assert(kWarps == kPrefillTileRows, "a warp a row");
 constexpr int kStages = 2;
-constexpr int kRows = 16;  // query heads of a thread block
+constexpr int kMaxStaged = 3;  // blocks of a stage
+constexpr int kHeads = 16;     // query heads of a thread block
 
 template <int dim>
 struct Stage {
@@ -20,47 +21,61 @@ struct Stage {
   float c[kBlockTokens];
 };
 
-/// One thread block: up to eight rows of one sequence, one KV head, 16 query heads. Each warp has
-/// one row; all walk over the union of the rows' blocks, and a warp skips what its row has not
-/// selected.
-template <int dim>
-__global__ void __launch_bounds__(kThreads, 1) PrefillKernel(PrefillParams p, float scale) {
+/// One thread block: rows of one tile, one KV head, 16 query heads. Each warp has `warp_rows`
+/// neighbours, which share what it reads from shared memory; all walk over the union of the rows'
+/// blocks, and a warp skips what none of its rows has selected. They wait for each other once for
+/// `staged` blocks: what one skips is not what another one skips.
+///
+/// grid.x: tiles times the thread blocks that share one, kPrefillTileRows / (kWarps * warp_rows).
+template <int dim, int warp_rows>
+__global__ void __launch_bounds__(kThreads, 1)
+    PrefillKernel(PrefillParams p, float scale, int staged) {
   StartKernel();
   constexpr int kChunks = dim / 8;
+  constexpr int kRows = kWarps * warp_rows;
+  constexpr int kParts = kPrefillTileRows / kRows;
+  static_assert(kRows <= 16, "a bit a row");
   extern __shared__ __align__(128) std::byte memory[];
   Stage<dim>* stages = reinterpret_cast<Stage<dim>*>(memory);
-  uint32_t* queries_of = reinterpret_cast<uint32_t*>(stages + kStages);  // bytes, [max_blocks]
-  uint16_t* list = reinterpret_cast<uint16_t*>(queries_of + (p.max_blocks + 3) / 4);
+  uint32_t* rows_of =
+      reinterpret_cast<uint32_t*>(stages + kStages * staged);  // 16 bits, [max_blocks]
+  uint16_t* list = reinterpret_cast<uint16_t*>(rows_of + (p.max_blocks + 1) / 2);
   __shared__ int counts[2][kWarps];
 
-  const RowTile tile = p.tiles[blockIdx.x];
-  const StepRow last = p.rows_info[tile.first_row + tile.rows - 1];
+  const RowTile tile = p.tiles[blockIdx.x / kParts];
+  const int first_row = tile.first_row + static_cast<int>(blockIdx.x) % kParts * kRows;
+  const int rows = min(kRows, tile.first_row + tile.rows - first_row);
+  if (rows <= 0) return;
+  const StepRow last = p.rows_info[first_row + rows - 1];
   if (last.sequence < 0) return;
   const int group = p.num_heads / p.num_kv_heads;
-  const int group_tiles = (group + kRows - 1) / kRows;
+  const int group_tiles = (group + kHeads - 1) / kHeads;
   const int head = blockIdx.y / group_tiles;
-  const int first_head = blockIdx.y % group_tiles * kRows;
+  const int first_head = blockIdx.y % group_tiles * kHeads;
   const int record = p.layer * p.num_kv_heads + head;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
 
   // Which rows selected each block, then the list of the selected ones.
   const int blocks = last.position / kBlockTokens + 1;
-  for (int i = threadIdx.x; i < (blocks + 3) / 4; i += kThreads) queries_of[i] = 0;
+  for (int i = threadIdx.x; i < (blocks + 1) / 2; i += kThreads) rows_of[i] = 0;
   __syncthreads();
-  if (warp < tile.rows) {
-    const int64_t pair = static_cast<int64_t>(tile.first_row + warp) * p.num_kv_heads + head;
+  for (int r = warp; r < rows; r += kWarps) {
+    const int64_t pair = static_cast<int64_t>(first_row + r) * p.num_kv_heads + head;
     const int count = p.count[pair];
     for (int i = lane; i < count; i += 32) {
       const int block = p.selected[pair * p.max_selected + i];
-      atomicOr(queries_of + block / 4, 1u << (block % 4 * 8 + warp));
+      atomicOr(rows_of + block / 2, 1u << (block % 2 * 16 + r));
     }
   }
   __syncthreads();
+  const auto rows_selecting = [&](int block) {
+    return rows_of[block / 2] >> (block % 2 * 16) & 0xffffu;
+  };
   int listed = 0;
   for (int first = 0, round = 0; first < blocks; first += kThreads, ++round) {
     const int n = first + threadIdx.x;
-    const bool used = n < blocks && (queries_of[n / 4] >> (n % 4 * 8) & 0xffu) != 0;
+    const bool used = n < blocks && rows_selecting(n) != 0;
     const uint32_t bits = __ballot_sync(kAllLanes, used);
     if (lane == 0) counts[round & 1][warp] = __popc(bits);
     __syncthreads();
@@ -76,9 +91,10 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(PrefillParams p, fl
   }
   __syncthreads();
 
-  const auto fetch = [&](int i) {
-    if (i < listed) {
-      Stage<dim>& stage = stages[i % kStages];
+  // The blocks round * staged .. of the list.
+  const auto fetch = [&](int round) {
+    for (int i = round * staged; i < min((round + 1) * staged, listed); ++i) {
+      Stage<dim>& stage = stages[i % (kStages * staged)];
       const int block = list[i];
       const std::byte* slot = p.cache.Slot(p.cache.SlotOf(last.sequence, record, block));
       const int valid = last.position - block * kBlockTokens + 1;
@@ -103,58 +119,109 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(PrefillParams p, fl
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) fetch(i);
 
-  const int64_t row = tile.first_row + min(warp, tile.rows - 1);
-  const int position = p.rows_info[row].position;
-  const int heads = min(kRows, group - first_head);
-  QueryRows<dim> q;
-  q.Load(p.q + (row * p.num_heads + head * group + first_head) * dim, heads);
-  SoftmaxState<dim> state;
-  for (int i = 0; i < listed; ++i) {
-    fetch(i + kStages - 1);
+  const int heads = min(kHeads, group - first_head);
+  const auto row_at = [&](int t) {
+    return int64_t{first_row} + min(warp * warp_rows + t, rows - 1);
+  };
+  QueryRows<dim> q[warp_rows];
+  SoftmaxState<dim> states[warp_rows];
+  int positions[warp_rows];
+#pragma unroll
+  for (int t = 0; t < warp_rows; ++t) {
+    positions[t] = p.rows_info[row_at(t)].position;
+    q[t].Load(p.q + (row_at(t) * p.num_heads + head * group + first_head) * dim, heads);
+  }
+  const auto attend = [&](int i) {
+    const Stage<dim>& stage = stages[i % (kStages * staged)];
+    const int block = list[i];
+    const uint32_t selecting = rows_selecting(block) >> (warp * warp_rows);
+    // A row that has not selected the block has no valid token in it.
+    int valid[warp_rows];
+    int most_valid = 0;
+#pragma unroll
+    for (int t = 0; t < warp_rows; ++t) {
+      valid[t] = (selecting >> t & 1u) != 0 ? positions[t] - block * kBlockTokens + 1 : 0;
+      most_valid = max(most_valid, min(valid[t], kBlockTokens));
+    }
+    const float* bias = p.bias == AttendBias::kCache ? stage.c : nullptr;
+#pragma unroll 1
+    for (int token = 0; token < most_valid; token += 16) {
+      AddTokens<dim, warp_rows>(states, q, stage.k, stage.v, token,
+                                bias == nullptr ? nullptr : bias + token, valid, scale);
+#pragma unroll
+      for (int t = 0; t < warp_rows; ++t) valid[t] -= 16;
+    }
+  };
+#pragma unroll 1
+  for (int round = 0; round * staged < listed; ++round) {
+    fetch(round + kStages - 1);
     CopyAsyncWait<kStages - 1>();
     __syncthreads();
-    const Stage<dim>& stage = stages[i % kStages];
-    const int block = list[i];
-    if (warp < tile.rows && (queries_of[block / 4] >> (block % 4 * 8 + warp) & 1u) != 0) {
-      const int valid = position - block * kBlockTokens + 1;
-      const bool bias = p.bias == AttendBias::kCache;
 #pragma unroll 1
-      for (int token = 0; token < min(valid, kBlockTokens); token += 16) {
-        state.Add(q, stage.k, stage.v, token, bias ? stage.c + token : nullptr, valid - token,
-                  scale);
-      }
-    }
-    __syncthreads();  // the stage may be filled again
+    for (int i = round * staged; i < min((round + 1) * staged, listed); ++i) attend(i);
+    __syncthreads();  // the blocks' places may be filled again
   }
   CopyAsyncWait<0>();
-  state.Finish();
-  if (warp >= tile.rows) return;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int g = lane / 4 + 8 * r;
-    if (g >= heads) continue;
-    __nv_bfloat16* to =
-        p.out + (row * p.num_heads + head * group + first_head + g) * dim + 2 * (lane % 4);
-    const float scale_out = 1.0f / state.sum[r];
+  for (int t = 0; t < warp_rows; ++t) {
+    SoftmaxState<dim>& state = states[t];
+    state.Finish();
+    if (warp * warp_rows + t >= rows) continue;
 #pragma unroll
-    for (int j = 0; j < dim / 8; ++j) {
-      *reinterpret_cast<uint32_t*>(to + 8 * j) =
-          PackBf16(state.output[j][2 * r] * scale_out, state.output[j][2 * r + 1] * scale_out);
+    for (int r = 0; r < 2; ++r) {
+      const int g = lane / 4 + 8 * r;
+      if (g >= heads) continue;
+      __nv_bfloat16* to =
+          p.out + (row_at(t) * p.num_heads + head * group + first_head + g) * dim + 2 * (lane % 4);
+      const float scale_out = 1.0f / state.sum[r];
+#pragma unroll
+      for (int j = 0; j < dim / 8; ++j) {
+        *reinterpret_cast<uint32_t*>(to + 8 * j) =
+            PackBf16(state.output[j][2 * r] * scale_out, state.output[j][2 * r + 1] * scale_out);
+      }
     }
   }
 }
 
-template <int dim>
+template <int dim, int warp_rows>
 cudaError_t Launch(const PrefillParams& params, cudaStream_t stream) {
-  const size_t shared = sizeof(Stage<dim>) * kStages + (params.max_blocks + 3) / 4 * 4 +
-                        sizeof(uint16_t) * params.max_blocks;
-  const cudaError_t status = cudaFuncSetAttribute(
-      PrefillKernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  int device = 0;
+  int most = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status != cudaSuccess) return status;
+  const size_t lists =
+      (params.max_blocks + 1) / 2 * sizeof(uint32_t) + sizeof(uint16_t) * params.max_blocks;
+  constexpr size_t kStatic = 1 << 10;  // no less than what the kernel declares
+  const size_t room = static_cast<size_t>(most) - kStatic - lists;
+  const int staged =
+      static_cast<int>(std::clamp<size_t>(room / (kStages * sizeof(Stage<dim>)), 1, kMaxStaged));
+  const size_t shared = sizeof(Stage<dim>) * kStages * staged + lists;
+  status =
+      cudaFuncSetAttribute(PrefillKernel<dim, warp_rows>,
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (status != cudaSuccess) return status;
   const int group = params.num_heads / params.num_kv_heads;
-  const dim3 grid(params.num_tiles, params.num_kv_heads * ((group + kRows - 1) / kRows));
-  return LaunchKernel(PrefillKernel<dim>, grid, kThreads, shared, stream, params,
-                      1.0f / std::sqrt(float{dim}));
+  const dim3 grid(params.num_tiles * (kPrefillTileRows / (kWarps * warp_rows)),
+                  params.num_kv_heads * ((group + kHeads - 1) / kHeads));
+  return LaunchKernel(PrefillKernel<dim, warp_rows>, grid, kThreads, shared, stream, params,
+                      1.0f / std::sqrt(float{dim}), staged);
+}
+
+/// Two rows a warp are faster where that leaves enough thread blocks for all SMs.
+template <int dim>
+cudaError_t Launch(const PrefillParams& params, cudaStream_t stream) {
+  int device = 0;
+  int processors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+  const int group = params.num_heads / params.num_kv_heads;
+  const int heads = params.num_kv_heads * ((group + kHeads - 1) / kHeads);
+  return params.num_tiles * heads * 4 < processors * 3 ? Launch<dim, 1>(params, stream)
+                                                       : Launch<dim, 2>(params, stream);
 }
 
 }  // namespace

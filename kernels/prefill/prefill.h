@@ -10,7 +10,7 @@
 namespace nosara::kernels {
 
 /// Rows of a tile at most.
-inline constexpr int kPrefillTileRows = 8;
+inline constexpr int kPrefillTileRows = 16;
 
 /// out[row, head] = bf16 of nosa.md section 5 over the row's selected blocks, each row with its
 /// own. Blocks that no row of a tile selected are skipped; tokens after the row's own are masked.

@@ -7,7 +7,7 @@
 namespace nosara::kernels::bench {
 
 std::string BenchPrefill(Bench& bench) {
-  constexpr int kRows = 512;
+  constexpr int kRows = 1024;
   constexpr int D = kHeadDim;
   constexpr int kLayers = 4;
   const int first = bench.options.context;  // position of the first row
@@ -103,7 +103,8 @@ std::string BenchPrefill(Bench& bench) {
   }
   // Two products of 2 * 64 * D operations for each row, query head and selected block.
   const double flops = 4.0 * kBlockTokens * D * kTopK * kNumHeads * kRows;
-  bench.Report({"prefill", "512 rows at " + std::to_string(first) + ", 64 blocks each",
+  bench.Report({"prefill",
+                std::to_string(kRows) + " rows at " + std::to_string(first) + ", 64 blocks each",
                 bench.MedianUs(launches), 0, flops, Limit::kNone});
   return "";
 }

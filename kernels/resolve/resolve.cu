@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+constexpr int kChunkThreads = 1024;  // few thread blocks with much to read
 constexpr uint64_t kNoVictim = ~uint64_t{0};
 
 /// Slots of one (sequence, record).
@@ -28,11 +29,12 @@ struct SlotRow {
 };
 
 /// The slot that `block` takes, entered into the tables by thread 0; -1 when none can be given up.
-/// Called by the whole thread block; ends with a barrier.
+/// Called by the whole thread block; ends with a barrier. `scratch`: one number a warp.
+template <int threads>
 __device__ int TakeSlot(const SlotRow& row, int block, uint32_t step, uint64_t* scratch) {
   // Free slots rank by number, occupied ones behind them by (last step, block).
   uint64_t best = kNoVictim;
-  for (int i = threadIdx.x; i < row.slots; i += kThreads) {
+  for (int i = threadIdx.x; i < row.slots; i += threads) {
     const int held = row.block_of[i];
     uint64_t rank;
     if (held < 0) {
@@ -50,7 +52,7 @@ __device__ int TakeSlot(const SlotRow& row, int block, uint32_t step, uint64_t* 
   }
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = best;
   __syncthreads();
-  for (int i = 0; i < kWarps; ++i) best = min(best, scratch[i]);
+  for (int i = 0; i < threads / 32; ++i) best = min(best, scratch[i]);
   int slot = -1;
   if (best != kNoVictim) {
     const int low = static_cast<int>(best & 0xffffffffu);
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) ResolveKernel(ResolveParams p) {
   int loaded = 0;
   for (int i = 0; i < misses; ++i) {
     const int block = missing[i];
-    const int local = TakeSlot(row, block, step, scratch);
+    const int local = TakeSlot<kThreads>(row, block, step, scratch);
     if (local < 0) {
       if (threadIdx.x == 0) atomicAdd(p.failures, 1);
       continue;
@@ -154,10 +156,14 @@ __global__ void __launch_bounds__(kThreads) PublishLoadsKernel(PublishLoadsParam
   if (threadIdx.x == 0) *reinterpret_cast<volatile uint32_t*>(p.bell) = count + 1;
 }
 
-__global__ void __launch_bounds__(kThreads) ResolveChunksKernel(ResolveParams p) {
+__global__ void __launch_bounds__(kChunkThreads) ResolveChunksKernel(ResolveParams p) {
   StartKernel();
+  constexpr int kThreads = kChunkThreads;
+  constexpr int kWarps = kThreads / 32;
   extern __shared__ uint32_t needed[];  // bit set of blocks
   __shared__ uint64_t scratch[kWarps];
+  __shared__ int end;
+  __shared__ int selected;
   const int first_row = blockIdx.x;
   const int sequence = p.rows_info[first_row].sequence;
   if (sequence < 0) return;
@@ -167,9 +173,10 @@ __global__ void __launch_bounds__(kThreads) ResolveChunksKernel(ResolveParams p)
   const uint32_t step = *p.step;
   const int words = (p.max_blocks + 31) / 32;
   for (int i = threadIdx.x; i < words; i += kThreads) needed[i] = 0;
-  __syncthreads();
-  __shared__ int end;
-  if (threadIdx.x == 0) end = p.rows;
+  if (threadIdx.x == 0) {
+    end = p.rows;
+    selected = 0;
+  }
   __syncthreads();
   for (int i = first_row + threadIdx.x; i < p.rows; i += kThreads) {
     if (p.rows_info[i].sequence != sequence) {
@@ -179,19 +186,20 @@ __global__ void __launch_bounds__(kThreads) ResolveChunksKernel(ResolveParams p)
   }
   __syncthreads();
   const int end_row = end;
-  const int64_t entries = static_cast<int64_t>(end_row - first_row) * p.max_selected;
-#pragma unroll 8
-  for (int64_t i = threadIdx.x; i < entries; i += kThreads) {
-    const int64_t pair = (first_row + i / p.max_selected) * p.num_kv_heads + blockIdx.y;
-    if (i % p.max_selected >= p.count[pair]) continue;
-    const int block = p.selected[pair * p.max_selected + i % p.max_selected];
-    atomicOr(needed + block / 32, 1u << (block % 32));
+  // A warp a row. Most rows select what others have: a look first, so that they do not queue.
+  const int lane = threadIdx.x % 32;
+#pragma unroll 4
+  for (int r = first_row + static_cast<int>(threadIdx.x) / 32; r < end_row; r += kWarps) {
+    const int64_t pair = static_cast<int64_t>(r) * p.num_kv_heads + blockIdx.y;
+    const int count = p.count[pair];
+    for (int i = lane; i < count; i += 32) {
+      const int block = p.selected[pair * p.max_selected + i];
+      const uint32_t bit = 1u << (block % 32);
+      if ((needed[block / 32] & bit) == 0) atomicOr(needed + block / 32, bit);
+    }
   }
   __syncthreads();
   // All that is here is marked before anything can be given up; what is left in the set is missing.
-  __shared__ int selected;
-  if (threadIdx.x == 0) selected = 0;
-  __syncthreads();
   for (int n = threadIdx.x; n < p.max_blocks; n += kThreads) {
     if ((needed[n / 32] >> (n % 32) & 1u) == 0) continue;
     atomicAdd(&selected, 1);
@@ -205,7 +213,7 @@ __global__ void __launch_bounds__(kThreads) ResolveChunksKernel(ResolveParams p)
   for (int word = 0; word < words; ++word) {
     for (uint32_t bits = needed[word]; bits != 0; bits &= bits - 1) {
       const int block = word * 32 + __ffs(static_cast<int>(bits)) - 1;
-      const int local = TakeSlot(row, block, step - 1, scratch);
+      const int local = TakeSlot<kThreads>(row, block, step - 1, scratch);
       if (threadIdx.x == 0) {
         if (local < 0) {
           atomicAdd(p.failures, 1);
@@ -233,13 +241,16 @@ __global__ void __launch_bounds__(kThreads) OpenBlocksKernel(OpenBlocksParams p)
   // The first row of a sequence opens the blocks of all its rows, one after the other.
   if (blockIdx.x > 0 && p.rows_info[blockIdx.x - 1].sequence == sequence) return;
   const SlotRow row(p.cache, sequence, blockIdx.y);
-  for (int i = blockIdx.x; i < p.rows; ++i) {
+  const int position = p.rows_info[blockIdx.x].position;
+  const int skipped = (kBlockTokens - position % kBlockTokens) % kBlockTokens;
+  for (int i = blockIdx.x + skipped; i < p.rows; i += kBlockTokens) {
     const StepRow info = p.rows_info[i];
     if (info.sequence != sequence) break;
-    if (info.position % kBlockTokens != 0) continue;
     const int block = info.position / kBlockTokens;
     if (row.slot_of[block] >= 0) continue;
-    if (TakeSlot(row, block, *p.step, scratch) < 0 && threadIdx.x == 0) atomicAdd(p.failures, 1);
+    if (TakeSlot<kThreads>(row, block, *p.step, scratch) < 0 && threadIdx.x == 0) {
+      atomicAdd(p.failures, 1);
+    }
   }
 }
 
@@ -266,8 +277,8 @@ cudaError_t LaunchResolveChunks(const ResolveParams& params, cudaStream_t stream
     return cudaErrorInvalidValue;
   }
   const size_t shared = sizeof(uint32_t) * ((params.max_blocks + 31) / 32);
-  return LaunchKernel(ResolveChunksKernel, dim3(params.rows, params.num_kv_heads), kThreads, shared,
-                      stream, params);
+  return LaunchKernel(ResolveChunksKernel, dim3(params.rows, params.num_kv_heads), kChunkThreads,
+                      shared, stream, params);
 }
 
 cudaError_t LaunchOpenBlocks(const OpenBlocksParams& params, cudaStream_t stream) {

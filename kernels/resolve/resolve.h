@@ -70,7 +70,8 @@ cudaError_t LaunchResolveChunks(const ResolveParams& params, cudaStream_t stream
 
 /// Gives each row that begins a block (t % 64 == 0) a slot for it in every record, as a missing
 /// block gets one in LaunchResolve, without a load, unless it has one. Rows of one sequence may
-/// come together (a chunk that spans several blocks); then there must be as many free slots.
+/// come together, at consecutive positions (a chunk that spans several blocks); then there must be
+/// as many free slots.
 struct OpenBlocksParams {
   const StepRow* rows_info = nullptr;
   CacheView cache;
