@@ -16,7 +16,7 @@ constexpr int kWarpTokens = 16;  // tokens of each block that a warp takes
 
 /// What a warp has in shared memory of its 16 tokens of one block.
 template <int dim>
-struct Stage {
+struct alignas(256) Stage {
   uint4 k[kWarpTokens * dim / 8];
   uint4 v[kWarpTokens * dim / 8];
   float c[kWarpTokens];
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads + (fetches ? 32 : 0), 2)
     AttendKernel(AttendParams p, float scale) {
   StartKernel();
   constexpr int kChunks = dim / 8;
-  extern __shared__ __align__(128) std::byte memory[];
+  extern __shared__ __align__(256) std::byte memory[];
   __shared__ int arrived;  // missing records of this share that are in their slots
   const int row = blockIdx.x;
   const StepRow info = p.rows_info[row];
@@ -167,8 +167,8 @@ __global__ void __launch_bounds__(kThreads + (fetches ? 32 : 0), 2)
       const Stage<dim>& stage = stages[i % kStages];
       const int valid = info.position - blocks[entry] * kBlockTokens + 1 - warp * kWarpTokens;
       if (valid > 0) {
-        AddTokens<dim, 1>(&state, &q, stage.k, stage.v, 0,
-                          p.bias == AttendBias::kCache ? stage.c : nullptr, &valid, scale);
+        AddTokens<dim, 1, 1, true>(&state, &q, stage.k, stage.v, 0,
+                                   p.bias == AttendBias::kCache ? stage.c : nullptr, &valid, scale);
       }
       __syncwarp();
     };

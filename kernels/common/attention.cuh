@@ -8,7 +8,7 @@
 
 namespace nosara::kernels {
 
-/// A warp's 16 query rows, as the first operand of MultiplyAdd.
+/// A warp's 16 query rows in registers, as the first operand of MultiplyAdd.
 template <int dim>
 struct QueryRows {
   uint32_t tiles[dim / 16][4];
@@ -25,6 +25,34 @@ struct QueryRows {
       tiles[k][2] = row < count ? from[k * 8 + 4] : 0;
       tiles[k][3] = row + 8 < count ? from[k * 8 + 4 + 4 * dim] : 0;
     }
+  }
+
+  /// Dimensions 16 step .. 16 step + 15.
+  __device__ void Get(int step, uint32_t (&tile)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) tile[i] = tiles[step][i];
+  }
+};
+
+/// The same in shared memory of the warp's own: registers for more tokens at a time.
+template <int dim>
+struct SharedQueryRows {
+  static constexpr int kChunks = 16 * dim / 8;  // 16-byte chunks of memory
+  uint32_t address;                             // of this lane's part of step 0
+
+  /// As QueryRows::Load, into `memory`, which is 256-byte aligned. Ends with the warp in step.
+  __device__ void Load(const __nv_bfloat16* q, int count, uint4* memory) {
+    const int lane = threadIdx.x % 32;
+    for (int i = lane; i < kChunks; i += 32) {
+      const int row = i / (dim / 8);
+      const uint4 chunk = row < count ? reinterpret_cast<const uint4*>(q)[i] : uint4{};
+      memory[Swizzled<dim / 8>(row, i % (dim / 8))] = chunk;
+    }
+    __syncwarp();
+    address = SharedAddress(memory + Swizzled<dim / 8>(lane % 16, lane / 16));
+  }
+  __device__ void Get(int step, uint32_t (&tile)[4]) const {
+    LoadMatrix4(tile, address ^ (32u * step));
   }
 };
 
@@ -46,50 +74,61 @@ struct SoftmaxState {
   }
 };
 
-/// Adds 16 tokens whose keys and values lie swizzled in shared memory to `tiles` states, each with
-/// 16 query rows of its own: what is read from shared memory serves all of them. `k`, `v` are tiles
-/// of rows of dim / 8 chunks, the tokens' first row is `first_row`. `bias`: c of the first of them,
-/// 8-byte aligned, or null. For states[t], tokens from valid[t] on are masked (their values must be
-/// finite).
-template <int dim, int tiles>
-__device__ void AddTokens(SoftmaxState<dim>* states, const QueryRows<dim>* q, const uint4* k,
+/// Adds 16 * groups tokens whose keys and values lie swizzled in shared memory to `tiles` states,
+/// each with 16 query rows of its own: what is read from shared memory serves all of them. `k`, `v`
+/// are tiles of rows of dim / 8 chunks, 256-byte aligned, the tokens' first row is `first_row`, a
+/// multiple of 8. `bias`: c of the first of them, 8-byte aligned, or null. For states[t], tokens
+/// from valid[t] on are masked (their values must be finite); `masked` false: there are none.
+template <int dim, int tiles, int groups, bool masked, typename Queries>
+__device__ void AddTokens(SoftmaxState<dim>* states, const Queries* q, const uint4* k,
                           const uint4* v, int first_row, const float* bias, const int* valid,
                           float scale) {
   constexpr int kChunks = dim / 8;
+  constexpr int kGroupBytes = 16 * dim * 2;
+  constexpr float kLog2E = 1.4426950408889634f;
   const int lane = threadIdx.x % 32;
-  float scores[tiles][2][4] = {};
+  // Chunks of a row lie where an exclusive or takes them (Swizzled): so it does in the address.
+  const uint32_t keys_at =
+      SharedAddress(k + Swizzled<kChunks>(first_row + lane / 16 * 8 + lane % 8, lane / 8 % 2));
+  const uint32_t values_at = SharedAddress(v + Swizzled<kChunks>(first_row + lane % 16, lane / 16));
+  float scores[tiles][2 * groups][4] = {};
 #pragma unroll
   for (int step = 0; step < dim / 16; ++step) {
-    uint32_t keys[4];
-    LoadMatrix4(keys, SharedAddress(k + Swizzled<kChunks>(first_row + lane / 16 * 8 + lane % 8,
-                                                          2 * step + lane / 8 % 2)));
+    uint32_t queries[tiles][4];
 #pragma unroll
-    for (int t = 0; t < tiles; ++t) {
-      MultiplyAdd(scores[t][0], q[t].tiles[step], keys[0], keys[1]);
-      MultiplyAdd(scores[t][1], q[t].tiles[step], keys[2], keys[3]);
+    for (int t = 0; t < tiles; ++t) q[t].Get(step, queries[t]);
+#pragma unroll
+    for (int g = 0; g < groups; ++g) {
+      uint32_t keys[4];
+      LoadMatrix4(keys, (keys_at + g * kGroupBytes) ^ (32u * step));
+#pragma unroll
+      for (int t = 0; t < tiles; ++t) {
+        MultiplyAdd(scores[t][2 * g], queries[t], keys[0], keys[1]);
+        MultiplyAdd(scores[t][2 * g + 1], queries[t], keys[2], keys[3]);
+      }
     }
   }
-  float c[2][2] = {};
+  float c[2 * groups][2] = {};
   if (bias != nullptr) {
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int n = 0; n < 2 * groups; ++n) {
       const float2 pair = *reinterpret_cast<const float2*>(bias + n * 8 + 2 * (lane % 4));
       c[n][0] = pair.x;
       c[n][1] = pair.y;
     }
   }
-  uint32_t weights[tiles][4];
+  uint32_t weights[tiles][groups][4];
 #pragma unroll
   for (int t = 0; t < tiles; ++t) {
     SoftmaxState<dim>& state = states[t];
     float now[2] = {state.most[0], state.most[1]};
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int n = 0; n < 2 * groups; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = scores[t][n][i];
         x = x * scale + c[n][i % 2];
-        if (n * 8 + 2 * (lane % 4) + i % 2 >= valid[t]) x = -INFINITY;
+        if (masked && n * 8 + 2 * (lane % 4) + i % 2 >= valid[t]) x = -INFINITY;
         now[i / 2] = fmaxf(now[i / 2], x);
       }
     }
@@ -103,7 +142,7 @@ __device__ void AddTokens(SoftmaxState<dim>* states, const QueryRows<dim>* q, co
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         // Nothing but masked tokens so far: there is nothing to rescale, either.
-        const float rescale = now[r] == -INFINITY ? 1.0f : __expf(state.most[r] - now[r]);
+        const float rescale = now[r] == -INFINITY ? 1.0f : Exp2((state.most[r] - now[r]) * kLog2E);
         state.most[r] = now[r];
         state.sum[r] *= rescale;
 #pragma unroll
@@ -116,31 +155,38 @@ __device__ void AddTokens(SoftmaxState<dim>* states, const QueryRows<dim>* q, co
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       // Nothing but masked tokens so far: any finite reference serves.
-      const float reference = now[r] == -INFINITY ? 0.0f : now[r];
+      const float reference = masked && now[r] == -INFINITY ? 0.0f : -now[r] * kLog2E;
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < 2 * groups; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& x = scores[t][n][2 * r + i];
-          x = __expf(x - reference);
+          x = Exp2(fmaf(x, kLog2E, reference));
           state.sum[r] += x;
         }
       }
     }
-    weights[t][0] = PackBf16(scores[t][0][0], scores[t][0][1]);
-    weights[t][1] = PackBf16(scores[t][0][2], scores[t][0][3]);
-    weights[t][2] = PackBf16(scores[t][1][0], scores[t][1][1]);
-    weights[t][3] = PackBf16(scores[t][1][2], scores[t][1][3]);
+#pragma unroll
+    for (int g = 0; g < groups; ++g) {
+      const float(&low)[4] = scores[t][2 * g];
+      const float(&high)[4] = scores[t][2 * g + 1];
+      weights[t][g][0] = PackBf16(low[0], low[1]);
+      weights[t][g][1] = PackBf16(low[2], low[3]);
+      weights[t][g][2] = PackBf16(high[0], high[1]);
+      weights[t][g][3] = PackBf16(high[2], high[3]);
+    }
   }
 #pragma unroll
-  for (int j = 0; j < dim / 16; ++j) {
-    uint32_t values[4];
-    LoadMatrix4Transposed(
-        values, SharedAddress(v + Swizzled<kChunks>(first_row + lane % 16, 2 * j + lane / 16)));
+  for (int g = 0; g < groups; ++g) {
 #pragma unroll
-    for (int t = 0; t < tiles; ++t) {
-      MultiplyAdd(states[t].output[2 * j], weights[t], values[0], values[1]);
-      MultiplyAdd(states[t].output[2 * j + 1], weights[t], values[2], values[3]);
+    for (int j = 0; j < dim / 16; ++j) {
+      uint32_t values[4];
+      LoadMatrix4Transposed(values, (values_at + g * kGroupBytes) ^ (32u * j));
+#pragma unroll
+      for (int t = 0; t < tiles; ++t) {
+        MultiplyAdd(states[t].output[2 * j], weights[t][g], values[0], values[1]);
+        MultiplyAdd(states[t].output[2 * j + 1], weights[t][g], values[2], values[3]);
+      }
     }
   }
 }

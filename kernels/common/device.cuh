@@ -37,6 +37,13 @@ __device__ inline float BlockSum(float x, float* scratch) {
   return sum;
 }
 
+/// 2^x as exactly as __expf gives e^x; subnormal numbers are 0.
+__device__ inline float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ inline uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "kernels/common/attention.cuh"
 #include "kernels/common/launch.cuh"
@@ -11,15 +12,23 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kStages = 2;
+constexpr int kTokens = 32;    // that a warp takes at a time
 constexpr int kMaxStaged = 3;  // blocks of a stage
 constexpr int kHeads = 16;     // query heads of a thread block
 
 template <int dim>
-struct Stage {
+struct alignas(256) Stage {
   uint4 k[kBlockTokens * dim / 8];
   uint4 v[kBlockTokens * dim / 8];
   float c[kBlockTokens];
 };
+
+/// One row leaves registers for its queries, two do not.
+template <int dim, int warp_rows>
+using Queries = std::conditional_t<warp_rows == 1, QueryRows<dim>, SharedQueryRows<dim>>;
+template <int dim, int warp_rows>
+constexpr size_t kQueryBytes =
+    warp_rows == 1 ? 0 : sizeof(uint4) * SharedQueryRows<dim>::kChunks* kWarps* warp_rows;
 
 /// One thread block: rows of one tile, one KV head, 16 query heads. Each warp has `warp_rows`
 /// neighbours, which share what it reads from shared memory; all walk over the union of the rows'
@@ -35,8 +44,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kRows = kWarps * warp_rows;
   constexpr int kParts = kPrefillTileRows / kRows;
   static_assert(kRows <= 16, "a bit a row");
-  extern __shared__ __align__(128) std::byte memory[];
-  Stage<dim>* stages = reinterpret_cast<Stage<dim>*>(memory);
+  extern __shared__ __align__(256) std::byte memory[];
+  uint4* queries = reinterpret_cast<uint4*>(memory);
+  Stage<dim>* stages = reinterpret_cast<Stage<dim>*>(memory + kQueryBytes<dim, warp_rows>);
   uint32_t* rows_of =
       reinterpret_cast<uint32_t*>(stages + kStages * staged);  // 16 bits, [max_blocks]
   uint16_t* list = reinterpret_cast<uint16_t*>(rows_of + (p.max_blocks + 1) / 2);
@@ -123,13 +133,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto row_at = [&](int t) {
     return int64_t{first_row} + min(warp * warp_rows + t, rows - 1);
   };
-  QueryRows<dim> q[warp_rows];
+  Queries<dim, warp_rows> q[warp_rows];
   SoftmaxState<dim> states[warp_rows];
   int positions[warp_rows];
 #pragma unroll
   for (int t = 0; t < warp_rows; ++t) {
     positions[t] = p.rows_info[row_at(t)].position;
-    q[t].Load(p.q + (row_at(t) * p.num_heads + head * group + first_head) * dim, heads);
+    const __nv_bfloat16* from = p.q + (row_at(t) * p.num_heads + head * group + first_head) * dim;
+    if constexpr (warp_rows == 1) {
+      q[t].Load(from, heads);
+    } else {
+      q[t].Load(from, heads, queries + (warp * warp_rows + t) * SharedQueryRows<dim>::kChunks);
+    }
   }
   const auto attend = [&](int i) {
     const Stage<dim>& stage = stages[i % (kStages * staged)];
@@ -138,18 +153,31 @@ __global__ void __launch_bounds__(kThreads, 1)
     // A row that has not selected the block has no valid token in it.
     int valid[warp_rows];
     int most_valid = 0;
+    int least_valid = kBlockTokens;
 #pragma unroll
     for (int t = 0; t < warp_rows; ++t) {
       valid[t] = (selecting >> t & 1u) != 0 ? positions[t] - block * kBlockTokens + 1 : 0;
       most_valid = max(most_valid, min(valid[t], kBlockTokens));
+      least_valid = min(least_valid, valid[t]);
     }
     const float* bias = p.bias == AttendBias::kCache ? stage.c : nullptr;
+    const auto add = [&](auto masked, int token) {
+      AddTokens<dim, warp_rows, kTokens / 16, decltype(masked)::value>(
+          states, q, stage.k, stage.v, token, bias == nullptr ? nullptr : bias + token, valid,
+          scale);
+    };
+    if (least_valid >= kBlockTokens) {
 #pragma unroll 1
-    for (int token = 0; token < most_valid; token += 16) {
-      AddTokens<dim, warp_rows>(states, q, stage.k, stage.v, token,
-                                bias == nullptr ? nullptr : bias + token, valid, scale);
+      for (int token = 0; token < kBlockTokens; token += kTokens) {
+        add(std::false_type(), token);
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int token = 0; token < most_valid; token += kTokens) {
+      add(std::true_type(), token);
 #pragma unroll
-      for (int t = 0; t < warp_rows; ++t) valid[t] -= 16;
+      for (int t = 0; t < warp_rows; ++t) valid[t] -= kTokens;
     }
   };
 #pragma unroll 1
@@ -183,45 +211,58 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+/// Shared memory of a launch: `staged` blocks of a stage; 0: it does not fit.
+struct Plan {
+  int staged = 0;
+  size_t shared = 0;
+};
+
 template <int dim, int warp_rows>
-cudaError_t Launch(const PrefillParams& params, cudaStream_t stream) {
-  int device = 0;
-  int most = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (status != cudaSuccess) return status;
-  const size_t lists =
-      (params.max_blocks + 1) / 2 * sizeof(uint32_t) + sizeof(uint16_t) * params.max_blocks;
+Plan MakePlan(const PrefillParams& params, size_t most) {
   constexpr size_t kStatic = 1 << 10;  // no less than what the kernel declares
-  const size_t room = static_cast<size_t>(most) - kStatic - lists;
-  const int staged =
-      static_cast<int>(std::clamp<size_t>(room / (kStages * sizeof(Stage<dim>)), 1, kMaxStaged));
-  const size_t shared = sizeof(Stage<dim>) * kStages * staged + lists;
-  status =
-      cudaFuncSetAttribute(PrefillKernel<dim, warp_rows>,
-                           cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  constexpr size_t kStageBytes = kStages * sizeof(Stage<dim>);
+  const size_t others = kQueryBytes<dim, warp_rows> +
+                        (params.max_blocks + 1) / 2 * sizeof(uint32_t) +
+                        params.max_blocks * sizeof(uint16_t);
+  if (others + kStatic + kStageBytes > most) return {};
+  const size_t staged = std::min<size_t>((most - others - kStatic) / kStageBytes, kMaxStaged);
+  return {static_cast<int>(staged), staged * kStageBytes + others};
+}
+
+template <int dim, int warp_rows>
+cudaError_t Launch(const PrefillParams& params, const Plan& plan, cudaStream_t stream) {
+  const cudaError_t status = cudaFuncSetAttribute(PrefillKernel<dim, warp_rows>,
+                                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                  static_cast<int>(plan.shared));
   if (status != cudaSuccess) return status;
   const int group = params.num_heads / params.num_kv_heads;
   const dim3 grid(params.num_tiles * (kPrefillTileRows / (kWarps * warp_rows)),
                   params.num_kv_heads * ((group + kHeads - 1) / kHeads));
-  return LaunchKernel(PrefillKernel<dim, warp_rows>, grid, kThreads, shared, stream, params,
-                      1.0f / std::sqrt(float{dim}), staged);
+  return LaunchKernel(PrefillKernel<dim, warp_rows>, grid, kThreads, plan.shared, stream, params,
+                      1.0f / std::sqrt(float{dim}), plan.staged);
 }
 
-/// Two rows a warp are faster where that leaves enough thread blocks for all SMs.
 template <int dim>
 cudaError_t Launch(const PrefillParams& params, cudaStream_t stream) {
   int device = 0;
   int processors = 0;
+  int most = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status != cudaSuccess) return status;
   const int group = params.num_heads / params.num_kv_heads;
   const int heads = params.num_kv_heads * ((group + kHeads - 1) / kHeads);
-  return params.num_tiles * heads * 4 < processors * 3 ? Launch<dim, 1>(params, stream)
-                                                       : Launch<dim, 2>(params, stream);
+  // Two rows a warp are faster where that leaves enough thread blocks for all SMs.
+  const Plan two = MakePlan<dim, 2>(params, most);
+  if (two.staged > 0 && params.num_tiles * heads * 4 >= processors * 3) {
+    return Launch<dim, 2>(params, two, stream);
+  }
+  const Plan one = MakePlan<dim, 1>(params, most);
+  if (one.staged == 0) return cudaErrorInvalidConfiguration;
+  return Launch<dim, 1>(params, one, stream);
 }
 
 }  // namespace

@@ -63,12 +63,6 @@ __device__ inline uint4 LoadOnce(const void* from) {
   return value;
 }
 
-__device__ inline float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 template <int dim, int heads>
 struct Shared {
   uint4 q[dim / 32][2][32];      // the first operand of MultiplyAdd, as lanes take it
