@@ -8,13 +8,25 @@
 namespace nosara::kernels {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
+constexpr int kRowThreads = 256;  // for keys, values and c; the others have the windows
 
 __device__ inline float Softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
-/// Thread blocks of a row: all but the last share the query heads; the last one has keys, values, c
-/// and, where asked for, the windows.
-__global__ void __launch_bounds__(kThreads) AppendKernel(AppendParams p) {
+__device__ inline float4 operator+(const float4& a, const float4& b) {
+  return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+}
+
+__device__ inline uint2 Pack4(const float4& x) { return {PackBf16(x.x, x.y), PackBf16(x.z, x.w)}; }
+
+/// A barrier that the warps of a thread block reach from different places.
+__device__ inline void SyncRow() {
+  asm volatile("barrier.sync.aligned 1, %0;" ::"n"(kThreads) : "memory");
+}
+
+/// Thread blocks of a row: the first has the query heads, the second keys, values, c and, where
+/// asked for, the windows.
+__global__ void __launch_bounds__(kThreads, 2) AppendKernel(AppendParams p) {
   StartKernel();
   const int64_t row = blockIdx.x;
   const StepRow info = p.rows_info[row];
@@ -24,23 +36,45 @@ __global__ void __launch_bounds__(kThreads) AppendKernel(AppendParams p) {
   const int q_width = p.num_heads * dim;
   const int kv_width = p.num_kv_heads * dim;
   const float* x = p.qkv + row * (q_width + 2 * kv_width);
-  const float* cosine = p.cosine + row * half;
-  const float* sine = p.sine + row * half;
   const auto value = [&](int i) { return p.bias == nullptr ? x[i] : x[i] + p.bias[i]; };
-  // Pairs (j, j + D/2) of a head rotate together.
-  const auto rotate = [&](int head, int j, __nv_bfloat16* to) {
-    const float a = value(head * dim + j);
-    const float b = value(head * dim + j + half);
-    const float c = cosine[j];
-    const float s = sine[j];
-    to[j] = __float2bfloat16_rn(a * c - b * s);
-    to[j + half] = __float2bfloat16_rn(b * c + a * s);
+  const auto values = [&](int i) {
+    const float4 product = *reinterpret_cast<const float4*>(x + i);
+    return p.bias == nullptr ? product : product + *reinterpret_cast<const float4*>(p.bias + i);
   };
-  if (blockIdx.y + 1 < gridDim.y) {
-    const int stride = (gridDim.y - 1) * kThreads;
-    for (int i = blockIdx.y * kThreads + threadIdx.x; i < p.num_heads * half; i += stride) {
+  // Pairs (j, j + D/2) of a head rotate together: four of them, j .. j + 3.
+  const auto rotate = [&](int head, int j, __nv_bfloat16* to) {
+    const float4 a = values(head * dim + j);
+    const float4 b = values(head * dim + j + half);
+    const float4 c = *reinterpret_cast<const float4*>(p.cosine + row * half + j);
+    const float4 s = *reinterpret_cast<const float4*>(p.sine + row * half + j);
+    *reinterpret_cast<uint2*>(to + j) = Pack4(float4{a.x * c.x - b.x * s.x, a.y * c.y - b.y * s.y,
+                                                     a.z * c.z - b.z * s.z, a.w * c.w - b.w * s.w});
+    *reinterpret_cast<uint2*>(to + j + half) =
+        Pack4(float4{b.x * c.x + a.x * s.x, b.y * c.y + a.y * s.y, b.z * c.z + a.z * s.z,
+                     b.w * c.w + a.w * s.w});
+  };
+  if (blockIdx.y == 0) {
+    for (int i = 4 * threadIdx.x; i < p.num_heads * half; i += 4 * kThreads) {
       rotate(i / half, i % half, p.q + row * q_width + i / half * dim);
     }
+    return;
+  }
+
+  const bool completes = p.windows == AppendWindows::kUpdate && CompletesWindow(info.position);
+  if (static_cast<int>(threadIdx.x) >= kRowThreads) {
+    if (!completes) return;
+    const auto begin = [&](int i) {
+      WindowUpdate window;
+      window.Begin(p.cache, info.sequence, p.layer * p.num_kv_heads + i / dim, info.position,
+                   i % dim);
+      return window;
+    };
+    const int thread = static_cast<int>(threadIdx.x) - kRowThreads;
+    WindowUpdate first;
+    if (thread < kv_width) first = begin(thread);
+    SyncRow();  // the row is there
+    if (thread < kv_width) first.Finish();
+    for (int i = thread + kRowThreads; i < kv_width; i += kRowThreads) begin(i).Finish();
     return;
   }
 
@@ -49,19 +83,19 @@ __global__ void __launch_bounds__(kThreads) AppendKernel(AppendParams p) {
   const auto record = [&](int head) {
     return p.cache.Slot(p.cache.SlotOf(info.sequence, p.layer * p.num_kv_heads + head, block));
   };
-  for (int i = threadIdx.x; i < p.num_kv_heads * half; i += kThreads) {
+  for (int i = 4 * threadIdx.x; i < p.num_kv_heads * half; i += 4 * kRowThreads) {
     const int head = i / half;
     rotate(p.num_heads + head, i % half,
            reinterpret_cast<__nv_bfloat16*>(record(head)) + in_block * dim);
   }
   const int v_begin = q_width + kv_width;
-  for (int i = threadIdx.x; i < kv_width; i += kThreads) {
+  for (int i = threadIdx.x; i < kv_width; i += kRowThreads) {
     __nv_bfloat16* v = reinterpret_cast<__nv_bfloat16*>(record(i / dim)) + kBlockTokens * dim;
     v[in_block * dim + i % dim] = __float2bfloat16_rn(value(v_begin + i));
   }
   // c: one warp a KV head.
   const int lane = threadIdx.x % 32;
-  for (int head = threadIdx.x / 32; head < p.num_kv_heads; head += kThreads / 32) {
+  for (int head = threadIdx.x / 32; head < p.num_kv_heads; head += kRowThreads / 32) {
     float c = 0;
     if (p.A != nullptr) {
       float dot = 0;
@@ -77,12 +111,7 @@ __global__ void __launch_bounds__(kThreads) AppendKernel(AppendParams p) {
       bias[in_block] = c;
     }
   }
-  if (p.windows == AppendWindows::kLeave || !CompletesWindow(info.position)) return;
-  __syncthreads();  // the row is there
-  for (int i = threadIdx.x; i < p.num_kv_heads * dim; i += kThreads) {
-    UpdateWindow(p.cache, info.sequence, p.layer * p.num_kv_heads + i / dim, info.position,
-                 i % dim);
-  }
+  if (completes) SyncRow();  // the other threads wait for it
 }
 
 }  // namespace
@@ -92,10 +121,7 @@ cudaError_t LaunchAppend(const AppendParams& params, cudaStream_t stream) {
   if (params.rows < 1 || (dim != 64 && dim != 128) || params.num_kv_heads < 1) {
     return cudaErrorInvalidValue;
   }
-  // Decode has few rows: several thread blocks for each. A chunk has rows enough.
-  const int pairs = params.num_heads * dim / 2;
-  const int parts = params.rows >= 256 ? 1 : (pairs + kThreads - 1) / kThreads;
-  return LaunchKernel(AppendKernel, dim3(params.rows, parts + 1), kThreads, 0, stream, params);
+  return LaunchKernel(AppendKernel, dim3(params.rows, 2), kThreads, 0, stream, params);
 }
 
 }  // namespace nosara::kernels

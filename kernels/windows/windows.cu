@@ -12,7 +12,9 @@ __global__ void WindowsKernel(WindowsParams p) {
   const StepRow info = p.rows_info[blockIdx.x];
   if (info.sequence < 0 || !CompletesWindow(info.position)) return;
   const int record = p.layer * p.num_kv_heads + static_cast<int>(blockIdx.y);
-  UpdateWindow(p.cache, info.sequence, record, info.position, threadIdx.x);
+  WindowUpdate window;
+  window.Begin(p.cache, info.sequence, record, info.position, threadIdx.x);
+  window.Finish();
 }
 
 }  // namespace

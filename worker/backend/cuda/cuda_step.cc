@@ -28,8 +28,6 @@ using kernels::Load;
 using kernels::RowTile;
 using kernels::StepRow;
 
-/// Thread blocks of attention that run on one SM together, by their shared memory.
-constexpr int kAttendBlocksPerSm = 2;
 /// What starting and merging a thread block of attention costs, in blocks of 64 tokens.
 constexpr int kAttendOverheadBlocks = 3;
 constexpr int kMaxSplits = 32;
@@ -219,14 +217,14 @@ int CudaStep::ScoreRows(int blocks) const {
 }
 
 int CudaStep::Splits(int rows) const {
-  // The fewest rounds of thread blocks over the SMs, weighted by the work of each.
+  // The fewest rounds of thread blocks over the SMs, weighted by the work of each. Two fit on an
+  // SM, but one alone keeps its share of the memory bandwidth busy.
   const int lists = rows * model_.num_kv_heads * ((group_ + 15) / 16);
-  const int at_once = kAttendBlocksPerSm * multiprocessors_;
   const int blocks = Full() ? cache_->view().max_blocks : model_.nosa.topk_blocks;
   int best = 1;
   int64_t best_cost = std::numeric_limits<int64_t>::max();
   for (int splits = 1; splits <= std::min(kMaxSplits, blocks); ++splits) {
-    const int64_t rounds = (int64_t{lists} * splits + at_once - 1) / at_once;
+    const int64_t rounds = (int64_t{lists} * splits + multiprocessors_ - 1) / multiprocessors_;
     const int64_t cost = rounds * ((blocks + splits - 1) / splits + kAttendOverheadBlocks);
     if (cost < best_cost) {
       best_cost = cost;
