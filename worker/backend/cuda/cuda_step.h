@@ -166,7 +166,7 @@ class CudaStep final {
   absl::Status PrepareProducts(int rows, int logits_rows);
   bool Full() const { return options_.policy == AttentionPolicy::kFull; }
   int ScoreRows(int blocks) const;
-  int Splits(int rows) const;
+  int Splits(int rows, Missing missing) const;
 
   // Where things lie in input_ and host_input_.
   template <typename T>

@@ -249,7 +249,7 @@ absl::Status CudaStep::AttendDecode(int layer, const Shape& shape, uint32_t stag
   attend.num_kv_heads = model_.num_kv_heads;
   attend.layer = layer;
   attend.max_selected = max_selected_;
-  attend.num_splits = Splits(shape.rows);
+  attend.num_splits = Splits(shape.rows, shape.missing);
   switch (shape.missing) {
     case Missing::kNever:
       attend.missing = kernels::AttendMissing::kInSlots;
