@@ -49,7 +49,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   Stage<dim>* stages = reinterpret_cast<Stage<dim>*>(memory + kQueryBytes<dim, warp_rows>);
   uint32_t* rows_of =
       reinterpret_cast<uint32_t*>(stages + kStages * staged);  // 16 bits, [max_blocks]
-  uint16_t* list = reinterpret_cast<uint16_t*>(rows_of + (p.max_blocks + 1) / 2);
+  // The blocks that any row selected, and their slots: [max_blocks].
+  int32_t* slots = reinterpret_cast<int32_t*>(rows_of + (p.max_blocks + 1) / 2);
+  uint16_t* list = reinterpret_cast<uint16_t*>(slots + p.max_blocks);
   __shared__ int counts[2][kWarps];
 
   const RowTile tile = p.tiles[blockIdx.x / kParts];
@@ -96,7 +98,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       before += w < warp ? own : 0;
       all += own;
     }
-    if (used) list[listed + before] = static_cast<uint16_t>(n);
+    if (used) {
+      list[listed + before] = static_cast<uint16_t>(n);
+      slots[listed + before] = static_cast<int32_t>(p.cache.SlotOf(last.sequence, record, n));
+    }
     listed += all;
   }
   __syncthreads();
@@ -106,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = round * staged; i < min((round + 1) * staged, listed); ++i) {
       Stage<dim>& stage = stages[i % (kStages * staged)];
       const int block = list[i];
-      const std::byte* slot = p.cache.Slot(p.cache.SlotOf(last.sequence, record, block));
+      const std::byte* slot = p.cache.Slot(slots[i]);
       const int valid = last.position - block * kBlockTokens + 1;
       const uint4* k = reinterpret_cast<const uint4*>(slot);
       const uint4* v = k + kBlockTokens * kChunks;
@@ -223,7 +228,7 @@ Plan MakePlan(const PrefillParams& params, size_t most) {
   constexpr size_t kStageBytes = kStages * sizeof(Stage<dim>);
   const size_t others = kQueryBytes<dim, warp_rows> +
                         (params.max_blocks + 1) / 2 * sizeof(uint32_t) +
-                        params.max_blocks * sizeof(uint16_t);
+                        params.max_blocks * (sizeof(int32_t) + sizeof(uint16_t));
   if (others + kStatic + kStageBytes > most) return {};
   const size_t staged = std::min<size_t>((most - others - kStatic) / kStageBytes, kMaxStaged);
   return {static_cast<int>(staged), staged * kStageBytes + others};

@@ -32,9 +32,9 @@ struct Queries {
 template <int dim, int eights>
 __global__ void __launch_bounds__(kThreads, 6) ScoreKernel(ScoreParams p, float scale) {
   StartKernel();
-  constexpr int kChunks = dim / 8;  // 16-byte chunks of a key
-  extern __shared__ uint4 keys[];   // [128, kChunks], swizzled
-  __shared__ float2 warp_partials[kWarps][8 * eights];
+  constexpr int kChunks = dim / 8;                         // 16-byte chunks of a key
+  extern __shared__ uint4 keys[];                          // [128, kChunks], swizzled
+  __shared__ float2 warp_partials[2][kWarps][8 * eights];  // by turns: one barrier a turn
 
   const RowTile tile =
       p.tiles == nullptr ? RowTile{static_cast<int32_t>(blockIdx.z), 1} : p.tiles[blockIdx.z];
@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(kThreads, 6) ScoreKernel(ScoreParams p, float 
   CopyAsyncWait<0>();
   __syncthreads();
 
+  int turn = 0;
   for (int i = 0; i < tile.rows; ++i) {
     const int row = tile.first_row + i;
     const int position = p.rows_info[row].position;
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 6) ScoreKernel(ScoreParams p, float 
     if (position / kBlockTokens + 1 <= p.dense_blocks || first_window >= visible) continue;
     float* out =
         p.logits + (static_cast<int64_t>(row) * p.num_kv_heads + head) * p.max_windows * padded;
-    for (int first_head = 0; first_head < padded; first_head += 8 * eights) {
+    for (int first_head = 0; first_head < padded; first_head += 8 * eights, turn ^= 1) {
       if (i > 0 || first_head > 0) load_queries(row, first_head);
       float scores[2][eights][4] = {};
 #pragma unroll
@@ -144,17 +145,17 @@ __global__ void __launch_bounds__(kThreads, 6) ScoreKernel(ScoreParams p, float 
           sum.y += __shfl_xor_sync(kAllLanes, sum.y, offset);
         }
         if (lane < 4) {
-          warp_partials[warp][8 * e + 2 * lane] = {most.x, sum.x};
-          warp_partials[warp][8 * e + 2 * lane + 1] = {most.y, sum.y};
+          warp_partials[turn][warp][8 * e + 2 * lane] = {most.x, sum.x};
+          warp_partials[turn][warp][8 * e + 2 * lane + 1] = {most.y, sum.y};
         }
       }
       __syncthreads();
       if (threadIdx.x < 8 * eights && first_head + static_cast<int>(threadIdx.x) < padded) {
         float best = -INFINITY;
-        for (int w = 0; w < kWarps; ++w) best = fmaxf(best, warp_partials[w][threadIdx.x].x);
+        for (int w = 0; w < kWarps; ++w) best = fmaxf(best, warp_partials[turn][w][threadIdx.x].x);
         float total = 0;
         for (int w = 0; w < kWarps; ++w) {
-          const float2 part = warp_partials[w][threadIdx.x];
+          const float2 part = warp_partials[turn][w][threadIdx.x];
           total += part.x == -INFINITY ? 0.0f : part.y * __expf(part.x - best);
         }
         p.partials[((static_cast<int64_t>(row) * p.num_kv_heads + head) *
@@ -163,7 +164,6 @@ __global__ void __launch_bounds__(kThreads, 6) ScoreKernel(ScoreParams p, float 
                        padded +
                    first_head + threadIdx.x] = {best, total};
       }
-      __syncthreads();
     }
   }
 }
